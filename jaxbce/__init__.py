@@ -1,0 +1,22 @@
+"""Binary cross-entropy with logits for JAX: right at every logit, fast, for one label or a million.
+
+>>> import jax, jax.numpy as jnp, jaxbce
+>>> logits, labels = jnp.array([[2.0, -jnp.inf]]), jnp.array([[1, 0]])
+>>> loss, gradient = jax.value_and_grad(jaxbce.bce_with_logits)(logits, labels)
+>>> print(gradient)
+[[-0.05960146  0.        ]]
+"""
+
+from jaxbce._checks import checked
+from jaxbce._losses import bce, bce_with_logits, sigmoid_binary_cross_entropy
+from jaxbce._module import BCEWithLogitsLoss
+
+__all__ = [
+    "BCEWithLogitsLoss",
+    "bce",
+    "bce_with_logits",
+    "checked",
+    "sigmoid_binary_cross_entropy",
+]
+
+__version__ = "0.1.0"

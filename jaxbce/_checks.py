@@ -1,0 +1,174 @@
+"""Checks of dtypes, shapes and, on request, values; the wording of every error."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import checkify
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+ARRAY_TYPES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+
+# Part of jit's cache key: a function traced without checks is traced again under `checked`.
+_value_checks = jax.make_user_context(default_value=False)
+
+
+def checked(fn: Callable[P, R]) -> Callable[P, R]:
+    """Returns `fn` with the values that jaxbce functions receive inside it checked.
+
+    Use it while debugging, around any function that calls jaxbce: a training step, its gradient,
+    under `jax.jit` or `jax.vmap`. Without it no check is traced and none costs anything.
+
+    What is checked: kept labels and probabilities lie in [0, 1] and are not NaN; `label_smoothing`
+    lies in [0, 1].
+
+    Args:
+      fn: a function of arrays, or pytrees of arrays, that returns the same.
+
+    Returns:
+      A function of the same arguments and result. It is traced at every call, so keep it out of the
+      final training loop. It goes outside `jax.jit`: `checked(jax.jit(fn))`.
+
+    Raises:
+      ValueError: when the returned function is called: the first failed check, with the name of the
+        jaxbce function, the argument and the offending value.
+
+    Edge values: what `where` masks, or a weight of 0 drops, may hold anything and is not checked.
+
+    Differentiable: yes, `checked(jax.grad(loss))`.
+
+    Example:
+      >>> import jax, jaxbce
+      >>> loss = jaxbce.checked(jax.jit(jaxbce.bce_with_logits))
+      >>> loss(jax.numpy.zeros(2), jax.numpy.array([0.0, 2.0]))
+      Traceback (most recent call last):
+        ...
+      ValueError: bce_with_logits: labels must be in [0, 1], got 2.0...
+
+    Source: `jax.experimental.checkify`.
+    """
+
+    @functools.wraps(fn)
+    def with_checks(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _value_checks(True):
+            error, result = checkify.checkify(fn)(*args, **kwargs)
+        try:
+            error.throw()
+        except checkify.JaxRuntimeError as failure:
+            raise ValueError(str(failure)) from None
+        return result
+
+    return with_checks
+
+
+class Arguments:
+    """The array arguments of one call to `name`, checked and in the dtype of its arithmetic.
+
+    Everything is measured against the first argument, `scores_name` in the messages.
+    """
+
+    def __init__(self, name: str, scores_name: str, scores: Any) -> None:
+        self.name = name
+        self.scores_name = scores_name
+        dtype = self._dtype(scores_name, scores)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{name}: {scores_name} must be floating-point, got {dtype}; "
+                f"convert with jax.numpy.asarray({scores_name}, jax.numpy.float32)"
+            )
+        self.dtype = np.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+        self.scores = jnp.asarray(scores).astype(self.dtype)
+        self.shape = self.scores.shape
+
+    def labels(self, values: Any) -> jax.Array:
+        """Labels, in exactly the shape of the scores."""
+        labels = self._real("labels", values)
+        if labels.shape != self.shape:
+            raise ValueError(
+                f"{self.name}: labels must have the shape of {self.scores_name}, got labels "
+                f"{labels.shape} and {self.scores_name} {self.shape}; nothing is broadcast, so "
+                "reshape one of them, for example with labels[:, None]"
+            )
+        return labels
+
+    def broadcast(self, argument: str, values: Any) -> jax.Array | None:
+        """An optional argument, broadcast to the shape of the scores."""
+        if values is None:
+            return None
+        values = self._real(argument, values)
+        self._check_broadcasts(argument, values.shape)
+        return jnp.broadcast_to(values, self.shape)
+
+    def mask(self, where: Any) -> jax.Array | None:
+        """An optional mask, in its own shape but with the rank of the scores."""
+        if where is None:
+            return None
+        dtype = self._dtype("where", where)
+        if dtype != jnp.bool_:
+            raise TypeError(f"{self.name}: where must be bool, got {dtype}; write where != 0")
+        where = jnp.asarray(where)
+        self._check_broadcasts("where", where.shape)
+        return jnp.expand_dims(where, range(len(self.shape) - where.ndim))
+
+    def number(self, argument: str, value: Any) -> jax.Array:
+        number = self._real(argument, value)
+        if number.ndim:
+            raise ValueError(
+                f"{self.name}: {argument} must be one number, got an array of shape {number.shape}"
+            )
+        return number
+
+    def unit_interval(
+        self, argument: str, values: jax.Array, keep: jax.Array | None = None
+    ) -> None:
+        """Under `checked`, every kept element of `values` must lie in [0, 1]."""
+        if not _value_checks.value or not values.size:
+            return
+        bad = ~((values >= 0) & (values <= 1))
+        if keep is not None:
+            bad = bad & keep
+        offending = jnp.ravel(values)[jnp.argmax(bad)]
+        message = f"{self.name}: {argument} must be in [0, 1], got {{value}}"
+        checkify.check(~jnp.any(bad), message, value=offending)
+
+    def _check_broadcasts(self, argument: str, shape: tuple[int, ...]) -> None:
+        try:
+            fits = np.broadcast_shapes(shape, self.shape) == self.shape
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"{self.name}: {argument} of shape {shape} does not broadcast to "
+                f"{self.scores_name} of shape {self.shape}; one value per row of a "
+                f"(batch, labels) array is {argument}[:, None]"
+            )
+
+    def _real(self, argument: str, values: Any) -> jax.Array:
+        dtype = self._dtype(argument, values)
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(f"{self.name}: {argument} must be float, integer or bool, got {dtype}")
+        return jnp.asarray(values).astype(self.dtype)
+
+    def _dtype(self, argument: str, values: Any) -> np.dtype:
+        if not isinstance(values, ARRAY_TYPES):
+            raise TypeError(
+                f"{self.name}: {argument} must be an array or a number, got "
+                f"{type(values).__name__}; wrap it in jax.numpy.asarray"
+            )
+        return np.dtype(jnp.result_type(values))
+
+
+def check_fraction(name: str, argument: str, value: Any) -> None:
+    """A number known before tracing must lie in [0, 1]."""
+    if isinstance(value, (int, float)) and not 0 <= value <= 1:
+        raise ValueError(f"{name}: {argument} must be in [0, 1], got {value}")
+
+
+def check_choice(name: str, argument: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: {argument} must be one of {', '.join(choices)}, got {value!r}")

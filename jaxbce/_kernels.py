@@ -1,0 +1,191 @@
+"""Elementwise mathematics: scalar functions and their derivative rules, nothing else.
+
+Every function here takes scalars; `over` lifts it to arrays. A loss is written as `<op>_value` and
+its derivatives `<op>_partials`; two decorated functions share them. `<op>_forward`
+(`jax.custom_jvp`) supports forward and reverse mode; `<op>` (`jax.custom_vjp`) keeps nothing but
+its inputs for the backward pass. JAX never differentiates through an `abs`, a `max` or a `where`
+below, so the derivatives are right at logit 0, in both tails and at every order.
+
+A zero coefficient annihilates: 0 · ∞ = 0.
+"""
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+Kernel = Callable[..., jax.Array]
+Partials = Callable[..., tuple[jax.Array | None, ...]]
+
+
+def with_jvp(value: Kernel, partials: Partials) -> Kernel:
+    """`value` with `partials` as its derivatives, in forward and reverse mode."""
+    # Traced once as a scalar, whatever it is mapped over.
+    kernel = jax.custom_jvp(jax.jit(value, inline=True))
+
+    def jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        # The tangents are not tested for zero by value: that could not be transposed.
+        terms = [
+            tangent * partial
+            for tangent, partial in zip(tangents, partials(*primals), strict=True)
+            if partial is not None and not isinstance(tangent, SymbolicZero)
+        ]
+        return kernel(*primals), functools.reduce(operator.add, terms)
+
+    kernel.defjvp(jvp, symbolic_zeros=True)
+    return kernel
+
+
+def with_vjp(forward: Kernel) -> Kernel:
+    """`forward` in reverse mode, with the inputs as the only residuals."""
+
+    @jax.custom_vjp
+    def kernel(*inputs: jax.Array | None) -> jax.Array:
+        return forward(*inputs)
+
+    def fwd(*inputs: jax.Array | None) -> tuple[jax.Array, Any]:
+        # Not `kernel`: a decorated function in its own forward rule breaks `jax.hessian`.
+        return forward(*inputs), inputs
+
+    def bwd(residuals: Any, g: jax.Array) -> Any:
+        # Transposing the rule of `forward`, which is g * partial, lets JAX add the sum over devices
+        # that an input shared by the shards of `jax.shard_map` needs.
+        _, pullback = jax.vjp(forward, *residuals)
+        return pullback(g)
+
+    kernel.defvjp(fwd, bwd)
+    return kernel
+
+
+def over(kernel: Kernel, ndim: int) -> Kernel:
+    """`kernel` mapped over `ndim` axes of its inputs."""
+    for _ in range(ndim):
+        kernel = jax.vmap(kernel)
+    return kernel
+
+
+# softplus_mix(x, a, b) = a softplus(x) + b softplus(-x)
+# sigmoid_mix(x, a, b)  = a sigmoid(x) - b sigmoid(-x)     is its derivative with respect to x.
+#
+# With t = exp(-|x|), softplus(±x) = max(±x, 0) + log1p(t) and sigmoid(±x) is 1 / (1 + t) or
+# t / (1 + t), so one exponential serves both tails and nothing is subtracted from 1.
+
+
+def softplus_mix_value(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    magnitude = jnp.abs(x)
+    slope = jnp.where(x > 0, a, b)
+    linear = jnp.where(slope == 0, 0, magnitude * slope)
+    return linear + (a + b) * jnp.log1p(jnp.exp(-magnitude))
+
+
+def softplus_mix_partials(x: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, ...]:
+    return sigmoid_mix(x, a, b), softplus(x), softplus(-x)
+
+
+softplus_mix = with_jvp(softplus_mix_value, softplus_mix_partials)
+
+
+def softplus(x: jax.Array) -> jax.Array:
+    """log(1 + exp(x))"""
+    return softplus_mix(x, jnp.ones_like(x), jnp.zeros_like(x))
+
+
+def sigmoid_mix_value(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    t = jnp.exp(-jnp.abs(x))
+    positive = x >= 0
+    return (jnp.where(positive, a, -b) + jnp.where(positive, -b, a) * t) / (1 + t)
+
+
+def sigmoid_mix_partials(x: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, ...]:
+    return (a + b) * (sigmoid(x) * sigmoid(-x)), sigmoid(x), -sigmoid(-x)
+
+
+sigmoid_mix = with_jvp(sigmoid_mix_value, sigmoid_mix_partials)
+
+
+def sigmoid(x: jax.Array) -> jax.Array:
+    """1 / (1 + exp(-x))"""
+    return sigmoid_mix(x, jnp.ones_like(x), jnp.zeros_like(x))
+
+
+# loss(x, y, q) = (1 - y) softplus(x) + q y softplus(-x), with q = 1 for None
+#
+# ∂/∂x = (1 - y) sigmoid(x) - q y sigmoid(-x)
+# ∂/∂y = -softplus(x) + q softplus(-x)        (one log1p, times q - 1: exact near x = 0)
+# ∂/∂q = y softplus(-x)
+
+
+def bce_with_logits_value(x: jax.Array, y: jax.Array, q: jax.Array | None) -> jax.Array:
+    # slope = 1 - y where x > 0, q y where x < 0; without `where`, which keeps XLA on a CPU from
+    # fusing the loss into its sum and so costs one more array of the size of the logits.
+    magnitude = jnp.abs(x)
+    sign = jnp.sign(x)
+    positive = jnp.maximum(sign, 0)
+    slope = (positive - y) * sign
+    curvature = jnp.log1p(jnp.exp(-magnitude))
+    if q is not None:
+        slope = slope * (positive - jnp.minimum(sign, 0) * q)
+        curvature = curvature * ((1 - y) + q * y)
+    # Scaled down, capped and scaled up again, an infinite |x| gives 0 where slope is 0 and ∞ where
+    # it is not; |x| < 2^-46, which the scaling flushes, is far below half an ULP of the log1p.
+    scale = 2.0**80
+    return slope * jnp.minimum(magnitude * (1 / scale), jnp.finfo(x.dtype).max) * scale + curvature
+
+
+def bce_with_logits_partials(
+    x: jax.Array, y: jax.Array, q: jax.Array | None
+) -> tuple[jax.Array | None, ...]:
+    one = jnp.ones_like(x)
+    if q is None:
+        return sigmoid_mix(x, 1 - y, y), -x, None
+    d_labels = softplus_mix(x, -one, q)
+    return sigmoid_mix(x, 1 - y, q * y), d_labels, softplus_mix(x, jnp.zeros_like(x), y)
+
+
+bce_with_logits_forward = with_jvp(bce_with_logits_value, bce_with_logits_partials)
+bce_with_logits = with_vjp(bce_with_logits_forward)
+
+
+# loss(p, y) = -y max(log p, -100) - (1 - y) max(log(1 - p), -100)
+#
+# ∂/∂p = (p - y) / max(p (1 - p), 1e-12)      (PyTorch's convention: finite at 0 and 1)
+# ∂/∂y = -log_odds(p), the difference of the two clamped logarithms
+
+
+def clamped_log(p: jax.Array) -> jax.Array:
+    return jnp.maximum(jnp.log(p), -100)
+
+
+def clamped_log1m(p: jax.Array) -> jax.Array:
+    return jnp.maximum(jnp.log1p(-p), -100)
+
+
+def spread(p: jax.Array) -> jax.Array:
+    return jnp.maximum(p * (1 - p), 1e-12)
+
+
+def log_odds_value(p: jax.Array) -> jax.Array:
+    return clamped_log(p) - clamped_log1m(p)
+
+
+def log_odds_partials(p: jax.Array) -> tuple[jax.Array]:
+    return (1 / spread(p),)
+
+
+log_odds = with_jvp(log_odds_value, log_odds_partials)
+
+
+def bce_value(p: jax.Array, y: jax.Array) -> jax.Array:
+    return -(y * clamped_log(p) + (1 - y) * clamped_log1m(p))
+
+
+def bce_partials(p: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return (p - y) / spread(p), -log_odds(p)
+
+
+bce_forward = with_jvp(bce_value, bce_partials)
+bce = with_vjp(bce_forward)

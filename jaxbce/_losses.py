@@ -1,0 +1,257 @@
+"""Public elementwise losses: check, prepare the labels, apply the kernel, reduce."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxbce import _checks, _kernels, _reduce
+
+
+def bce_with_logits(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    weight: ArrayLike | None = None,
+    pos_weight: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    where: ArrayLike | None = None,
+    reduction: str = "mean",
+    forward_mode: bool = False,
+) -> jax.Array:
+    """Binary cross-entropy of sigmoid(logits) against labels, in one stable step.
+
+    Use it to train any binary or multi-label classifier that outputs logits.
+
+    Formula, with x a logit, y its label, q its pos_weight and w its weight:
+
+      loss = w · [(1 − y) softplus(x) + q y softplus(−x)],  softplus(x) = log(1 + eˣ)
+
+    Args:
+      logits: float array of any shape.
+      labels: float, integer or bool array of the same shape, in [0, 1]; soft labels are welcome.
+      weight: real array that broadcasts to the shape of logits and multiplies the loss; None is 1.
+        One value per row of a (batch, labels) array is `weight[:, None]`.
+      pos_weight: real array that broadcasts to the shape of logits, usually (labels,), and
+        multiplies the positive term only; None is 1.
+      label_smoothing: number a in [0, 1]; labels become y (1 − a) + a / 2.
+      where: bool array that broadcasts to the shape of logits; False leaves an element out. None
+        keeps everything.
+      reduction: "mean" is Σ loss / number of kept elements, "sum" Σ loss, "batchmean" Σ loss /
+        number of rows (all axes but the last) that keep an element, "none" the unreduced loss, 0
+        where masked. `weight` is in no divisor.
+      forward_mode: True selects a rule that also supports `jax.jvp`, `jax.jacfwd` and
+        `jax.linearize`; it may keep intermediate values for the backward pass.
+
+    Returns:
+      The loss in float32 (float64 for float64 logits): a scalar, or for "none" an array of the
+      shape of logits.
+
+    Raises:
+      TypeError: logits are not floating-point, where is not bool, an argument is not an array.
+      ValueError: labels have another shape than logits, weight, pos_weight or where does not
+        broadcast to it, or reduction or label_smoothing is not valid.
+
+    Edge values: a zero coefficient annihilates (0 · ∞ = 0). (+∞, 1) and (−∞, 0) give loss 0 and
+    gradient 0; (+∞, 0) gives loss ∞ and gradient 1; (−∞, 1) gives loss ∞ and gradient −q; NaN
+    gives NaN. Where masked, or where weight is 0, anything gives 0. Nothing kept gives 0.
+
+    Differentiable: with respect to logits, float labels, weight and pos_weight, each in its own
+    dtype and shape, in reverse mode and forward over reverse (`jax.hessian`) to any order;
+    ∂loss/∂x = w · [(1 − y) sigmoid(x) − q y sigmoid(−x)].
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbce
+      >>> logits = jnp.array([[2.0, -1.0], [0.5, 3.0]])
+      >>> labels = jnp.array([[1, 0], [0, 1]])
+      >>> print(round(float(jaxbce.bce_with_logits(logits, labels)), 4))
+      0.3657
+
+    Source: PyTorch's `BCEWithLogitsLoss`, whose arguments and divisor it shares.
+    """
+    return _evaluate(
+        "bce_with_logits",
+        _kernels.bce_with_logits_forward if forward_mode else _kernels.bce_with_logits,
+        (logits, labels),
+        {"pos_weight": pos_weight},
+        weight,
+        label_smoothing,
+        where,
+        reduction,
+    )
+
+
+def sigmoid_binary_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    weight: ArrayLike | None = None,
+    pos_weight: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    where: ArrayLike | None = None,
+    forward_mode: bool = False,
+) -> jax.Array:
+    """`bce_with_logits` unreduced, under the name optax gives it.
+
+    Use it in place of `optax.sigmoid_binary_cross_entropy`, with the same two arguments.
+
+    Formula, with x a logit, y its label, q its pos_weight and w its weight:
+
+      loss = w · [(1 − y) softplus(x) + q y softplus(−x)],  softplus(x) = log(1 + eˣ)
+
+    Args:
+      logits: float array of any shape.
+      labels: float, integer or bool array of the same shape, in [0, 1].
+      weight: real array that broadcasts to the shape of logits; None is 1.
+      pos_weight: real array that broadcasts to the shape of logits; None is 1.
+      label_smoothing: number a in [0, 1]; labels become y (1 − a) + a / 2.
+      where: bool array that broadcasts to the shape of logits; None keeps everything.
+      forward_mode: True selects a rule that also supports `jax.jvp`, `jax.jacfwd` and
+        `jax.linearize`.
+
+    Returns:
+      One loss per logit in float32 (float64 for float64 logits), 0 where masked.
+
+    Raises:
+      TypeError, ValueError: as `bce_with_logits`. Labels are never broadcast, unlike optax's.
+
+    Edge values: as `bce_with_logits`.
+
+    Differentiable: as `bce_with_logits`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbce
+      >>> print(jaxbce.sigmoid_binary_cross_entropy(jnp.array([0.0, jnp.inf]), jnp.array([1, 1])))
+      [0.6931472 0.       ]
+
+    Source: `optax.sigmoid_binary_cross_entropy`.
+    """
+    return _evaluate(
+        "sigmoid_binary_cross_entropy",
+        _kernels.bce_with_logits_forward if forward_mode else _kernels.bce_with_logits,
+        (logits, labels),
+        {"pos_weight": pos_weight},
+        weight,
+        label_smoothing,
+        where,
+        "none",
+    )
+
+
+def bce(
+    probs: ArrayLike,
+    labels: ArrayLike,
+    *,
+    weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reduction: str = "mean",
+) -> jax.Array:
+    """Binary cross-entropy of probabilities against labels.
+
+    Use it only for a model that outputs probabilities and cannot output logits. Logits are better:
+    in float32 sigmoid(20) rounds to exactly 1, so for a label of 0 the probability gives the loss
+    100 (the clamp) where the logit gives the right 20.000000002, and for a label of 1 it gives 0
+    where the logit gives 2.06e-9. The gradient through that sigmoid is exactly 0 for both labels
+    where the logit gives 1 and −2.06e-9: such an example is never learnt.
+
+    Formula, with p a probability, y its label and w its weight:
+
+      loss = −w · [y max(log p, −100) + (1 − y) max(log(1 − p), −100)]
+
+    Args:
+      probs: float array of any shape, in [0, 1].
+      labels: float, integer or bool array of the same shape, in [0, 1].
+      weight: real array that broadcasts to the shape of probs and multiplies the loss; None is 1.
+        One value per row of a (batch, labels) array is `weight[:, None]`.
+      where: bool array that broadcasts to the shape of probs; False leaves an element out. None
+        keeps everything.
+      reduction: "mean", "sum", "batchmean" or "none", as for `bce_with_logits`.
+
+    Returns:
+      The loss in float32 (float64 for float64 probs): a scalar, or for "none" an array of the shape
+      of probs.
+
+    Raises:
+      TypeError: probs are not floating-point, where is not bool, an argument is not an array.
+      ValueError: labels have another shape than probs, weight or where does not broadcast to it,
+        or reduction is not valid.
+
+    Edge values: (0, 0) and (1, 1) give loss 0 and gradient 0; (0, 1) and (1, 0) give loss 100 and
+    gradients −1e12 and 1e12. Where masked, or where weight is 0, anything gives 0.
+
+    Differentiable: with respect to probs, float labels and weight, in reverse mode and forward over
+    reverse to any order; ∂loss/∂p = w · (p − y) / max(p (1 − p), 1e-12).
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbce
+      >>> print(round(float(jaxbce.bce(jnp.array([0.9, 0.2]), jnp.array([1, 0]))), 4))
+      0.1643
+
+    Source: PyTorch's `BCELoss`, whose clamps it shares.
+    """
+    return _evaluate("bce", _kernels.bce, (probs, labels), {}, weight, 0.0, where, reduction)
+
+
+def _evaluate(
+    name: str,
+    kernel: _kernels.Kernel,
+    inputs: tuple[ArrayLike, ArrayLike],
+    parameters: dict[str, ArrayLike | None],
+    weight: ArrayLike | None,
+    label_smoothing: ArrayLike,
+    where: ArrayLike | None,
+    reduction: str,
+) -> jax.Array:
+    """Checks what does not need an array, then makes one cached, compiled call."""
+    _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
+    _checks.check_fraction(name, "label_smoothing", label_smoothing)
+    no_smoothing = isinstance(label_smoothing, (int, float)) and label_smoothing == 0
+    loss: jax.Array = _evaluate_arrays(
+        *inputs,
+        parameters,
+        weight,
+        None if no_smoothing else label_smoothing,
+        where,
+        name=name,
+        kernel=kernel,
+        reduction=reduction,
+    )
+    return loss
+
+
+@functools.partial(jax.jit, static_argnames=("name", "kernel", "reduction"))
+def _evaluate_arrays(
+    scores: Any,
+    labels: Any,
+    parameters: dict[str, Any],
+    weight: Any,
+    label_smoothing: Any,
+    where: Any,
+    *,
+    name: str,
+    kernel: _kernels.Kernel,
+    reduction: str,
+) -> jax.Array:
+    check = _checks.Arguments(name, "probs" if kernel is _kernels.bce else "logits", scores)
+    x = check.scores
+    y = check.labels(labels)
+    extras = [check.broadcast(argument, values) for argument, values in parameters.items()]
+    weight = check.broadcast("weight", weight)
+    where = check.mask(where)
+
+    keep = _reduce.kept(x + y, weight, where)
+    if check.scores_name == "probs":
+        check.unit_interval("probs", x, keep)
+    check.unit_interval("labels", y, keep)
+    if label_smoothing is not None:
+        a = check.number("label_smoothing", label_smoothing)
+        check.unit_interval("label_smoothing", a)
+        y = y * (1 - a) + a / 2
+    if keep is not None:
+        # Before the kernel, so that no NaN reaches a gradient.
+        x = jnp.where(keep, x, 0)
+        y = jnp.where(keep, y, 0)
+    loss = _kernels.over(kernel, x.ndim)(x, y, *extras)
+    return _reduce.reduce_loss(loss, weight, keep, where, reduction)

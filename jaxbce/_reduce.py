@@ -57,6 +57,7 @@ def count_kept(
     """How many of the `units` that `where` stands for it keeps, without broadcasting it."""
     if per_row and where.ndim:
         where = jnp.any(where, axis=-1)
-    # Exact: int32 would overflow over a whole large array, a float32 count would stall at 2^24.
-    last_axis = jnp.sum(jnp.atleast_1d(where), axis=-1, dtype=jnp.int32)
-    return jnp.sum(last_axis.astype(dtype)) * (math.prod(units) // max(where.size, 1))
+    # int32 is exact where it cannot overflow; a float sum of fewer could stall at 2^24.
+    exact = where.size < 2**31
+    count = jnp.sum(where, dtype=jnp.int32 if exact else jnp.float32)
+    return count.astype(dtype) * (math.prod(units) // max(where.size, 1))

@@ -4,6 +4,7 @@ Written for reading and checked against mpmath at 50 digits in `test_oracle.py`.
 a zero coefficient annihilates.
 """
 
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -34,24 +35,18 @@ def bce(p, y):
     return -(y * log_p + (1 - y) * log_1mp), (p - y) / np.maximum(p * (1 - p), 1e-12)
 
 
-def ulp_error(got, expected, smallest=None):
+def ulp_error(got, expected):
     """|got - expected| in units in the last place of the dtype of `got` at `expected` (float64).
 
-    Below `smallest`, by default the smallest normal number, an ULP does not shrink further: XLA on a
-    CPU flushes subnormal numbers to 0.
+    Two numbers below the smallest normal one are equal: XLA on a CPU flushes them to 0.
     """
-    info = np.finfo(got.dtype) if got.dtype.kind == "f" else _finfo(got.dtype)
-    floor = float(info.smallest_normal if smallest is None else smallest)
-    magnitude = np.maximum(np.abs(np.asarray(expected, np.float64)), floor)
-    ulp = np.exp2(np.floor(np.log2(magnitude))) * float(info.eps)
+    info = jnp.finfo(got.dtype)
+    smallest = float(info.smallest_normal)
     got = np.asarray(got, np.float64)
     with np.errstate(invalid="ignore"):
+        magnitude = np.maximum(np.abs(expected), smallest)
+        ulp = np.exp2(np.floor(np.log2(magnitude))) * float(info.eps)
         error = np.abs(got - expected) / ulp
-    same = (got == expected) | (np.isnan(got) & np.isnan(expected))
-    return np.where(same, 0.0, np.where(np.isnan(error), np.inf, error))
-
-
-def _finfo(dtype):
-    import jax.numpy as jnp
-
-    return jnp.finfo(dtype)
+        equal = (got == expected) | (np.isnan(got) & np.isnan(expected))
+        equal |= np.maximum(np.abs(got), np.abs(expected)) <= smallest
+    return np.where(equal, 0.0, np.where(np.isnan(error), np.inf, error))

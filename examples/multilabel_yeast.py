@@ -1,0 +1,357 @@
+"""DOCSTRING"""
+
+import argparse
+import gzip
+import importlib.util
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from matplotlib.figure import Figure
+from orbax.checkpoint import checkpoint_managers
+from sklearn import metrics as skm
+from sklearn.linear_model import LogisticRegression
+from sklearn.multiclass import OneVsRestClassifier
+from tqdm import tqdm
+
+import jaxbce
+
+FEATURES, LABELS, TEST_ROWS, VALIDATION_ROWS = 103, 14, 917, 300
+HIDDEN, INPUT_DROPOUT, DROPOUT = 256, 0.4, 0.5
+BATCH, LEARNING_RATE, WEIGHT_DECAY = 48, 1e-3, 0.5
+MAX_POS_WEIGHT = 10.0
+THRESHOLD = 0.5
+REGRESSION_C = 0.01
+
+
+class Split(NamedTuple):
+    features: np.ndarray
+    labels: np.ndarray
+
+
+class Data(NamedTuple):
+    train: Split
+    validation: Split
+    test: Split
+
+
+def load_yeast() -> Data:
+    """Reads the file in river, splits it and standardises by the mean and deviation of `train`."""
+    river = importlib.util.find_spec("river")
+    if river is None or river.origin is None:
+        raise SystemExit("The data come with river: install it with `pip install river==0.26.1`.")
+    with gzip.open(Path(river.origin).parent / "datasets" / "yeast.csv.gz", "rt") as file:
+        table = np.loadtxt(file, delimiter=",", skiprows=1, dtype=np.float32)
+    features, labels = np.split(table, [FEATURES], axis=1)
+    order = TEST_ROWS + np.random.default_rng(0).permutation(len(table) - TEST_ROWS)
+    validation, train = np.split(order, [VALIDATION_ROWS])
+    features = (features - features[train].mean(axis=0)) / features[train].std(axis=0)
+    parts = (train, validation, np.arange(TEST_ROWS))
+    return Data(*(Split(features[rows], labels[rows]) for rows in parts))
+
+
+class Classifier(nnx.Module):
+    """Two dense layers; dropout on the features and on the hidden units when given a key."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.hidden = nnx.Linear(FEATURES, HIDDEN, rngs=rngs)
+        self.output = nnx.Linear(HIDDEN, LABELS, rngs=rngs)
+        self.input_dropout = nnx.Dropout(INPUT_DROPOUT)
+        self.hidden_dropout = nnx.Dropout(DROPOUT)
+
+    def __call__(self, features: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        if dropout_key is None:
+            return self.output(nnx.relu(self.hidden(features)))
+        input_key, hidden_key = jax.random.split(dropout_key)
+        features = self.input_dropout(features, rngs=input_key)
+        hidden = nnx.relu(self.hidden(features))
+        return self.output(self.hidden_dropout(hidden, rngs=hidden_key))
+
+
+@nnx.jit
+def train_step(
+    model: Classifier, optimizer: nnx.Optimizer, batch: Split, pos_weight: jax.Array, key: jax.Array
+) -> jax.Array:
+    """Updates the model on one batch; the optimizer's step count makes the dropout key unique."""
+    dropout_key = jax.random.fold_in(key, optimizer.step[...])
+
+    def loss_of(model: Classifier) -> jax.Array:
+        logits = model(batch.features, dropout_key)
+        return jaxbce.bce_with_logits(logits, batch.labels, pos_weight=pos_weight)
+
+    loss, gradients = nnx.value_and_grad(loss_of)(model)
+    optimizer.update(model, gradients)
+    return loss
+
+
+@nnx.jit
+def predict(model: Classifier, split: Split, pos_weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the mean loss and the probabilities."""
+    logits = model(split.features)
+    loss = jaxbce.bce_with_logits(logits, split.labels, pos_weight=pos_weight)
+    return loss, nnx.sigmoid(logits)
+
+
+def mean_average_precision(labels: np.ndarray, scores: np.ndarray | jax.Array) -> float:
+    return float(skm.average_precision_score(labels, np.asarray(scores), average="macro"))
+
+
+def evaluate(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+    """The six metrics of the table."""
+    labels = labels.astype(int)
+    decisions = (scores >= THRESHOLD).astype(int)
+    values = {
+        "hamming_loss": skm.hamming_loss(labels, decisions),
+        "micro_f1": skm.f1_score(labels, decisions, average="micro", zero_division=0),
+        "macro_f1": skm.f1_score(labels, decisions, average="macro", zero_division=0),
+        "ranking_loss": skm.label_ranking_loss(labels, scores),
+        "lrap": skm.label_ranking_average_precision_score(labels, scores),
+        "map": mean_average_precision(labels, scores),
+    }
+    return {name: float(value) for name, value in values.items()}
+
+
+class Trainer:
+    """The model, its optimizer, their place on the devices and their checkpoints."""
+
+    def __init__(self, data: Data, seed: int, weigh_positives: bool, directory: Path) -> None:
+        devices = jax.device_count()
+        mesh = jax.make_mesh((devices,), ("batch",), axis_types=(AxisType.Auto,))
+        self.replicated = NamedSharding(mesh, PartitionSpec())
+        self.by_row = NamedSharding(mesh, PartitionSpec("batch"))
+        self.batch_size = -(-BATCH // devices) * devices
+        self.data = data
+        self.seed = seed
+        self.key = jax.device_put(jax.random.key(seed), self.replicated)
+        self.validation = jax.device_put(data.validation, self.replicated)
+        self.pos_weight = jax.device_put(positive_weights(data, weigh_positives), self.replicated)
+        self.model = Classifier(nnx.Rngs(seed))
+        tx = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        self.optimizer = nnx.Optimizer(self.model, tx, wrt=nnx.Param)
+        self.set_state(jax.device_put(self.state(), self.replicated))
+        self.checkpoints = open_checkpoints(directory)
+
+    def state(self) -> dict[str, nnx.State]:
+        return {"model": nnx.state(self.model), "optimizer": nnx.state(self.optimizer)}
+
+    def set_state(self, state: dict[str, nnx.State]) -> None:
+        nnx.update(self.model, state["model"])
+        nnx.update(self.optimizer, state["optimizer"])
+
+    def train_epoch(self, epoch: int) -> dict[str, float]:
+        """Trains one epoch, in an order that only the seed and the epoch decide; validates it."""
+        features, labels = self.data.train
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(features))
+        losses = []
+        for start in range(0, len(order) - self.batch_size + 1, self.batch_size):
+            rows = order[start : start + self.batch_size]
+            batch = jax.device_put(Split(features[rows], labels[rows]), self.by_row)
+            losses.append(train_step(self.model, self.optimizer, batch, self.pos_weight, self.key))
+        validation_loss, scores = predict(self.model, self.validation, self.pos_weight)
+        return {
+            "train_loss": float(jnp.stack(losses).mean()),
+            "validation_loss": float(validation_loss),
+            "validation_map": mean_average_precision(self.data.validation.labels, scores),
+        }
+
+    def save(self, epoch: int, record: dict[str, Any]) -> None:
+        self.checkpoints.save(epoch, args=ocp.args.StandardSave(self.state()), metrics=record)
+
+    def restore(self, epoch: int) -> None:
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated), self.state()
+        )
+        self.set_state(self.checkpoints.restore(epoch, args=ocp.args.StandardRestore(target)))
+
+    def test_scores(self) -> np.ndarray:
+        """Probabilities on the test part, of the epoch with the lowest validation loss."""
+        self.checkpoints.wait_until_finished()
+        self.restore(self.checkpoints.best_step())
+        test = jax.device_put(self.data.test, self.replicated)
+        return np.asarray(predict(self.model, test, self.pos_weight)[1])
+
+
+def positive_weights(data: Data, weigh_positives: bool) -> np.ndarray:
+    """Negatives / positives of each label in training, at most MAX_POS_WEIGHT; or ones."""
+    if not weigh_positives:
+        return np.ones(LABELS, np.float32)
+    positives = data.train.labels.sum(axis=0)
+    return np.minimum((len(data.train.labels) - positives) / positives, MAX_POS_WEIGHT)
+
+
+def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
+    """A manager that keeps the last epoch and the one with the lowest validation loss."""
+
+    def validation_loss(record: dict[str, Any]) -> float:
+        return record["validation_loss"]
+
+    kept = [
+        checkpoint_managers.LatestN(1),
+        checkpoint_managers.BestN(get_metric_fn=validation_loss, reverse=True, n=1),
+    ]
+    options = ocp.CheckpointManagerOptions(
+        best_fn=validation_loss,
+        best_mode="min",
+        preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
+    )
+    return ocp.CheckpointManager(directory.resolve(), options=options)
+
+
+def train(data: Data, args: argparse.Namespace) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """Trains up to args.epochs; returns one record per epoch and the scores on the test part."""
+    log, directory = args.workdir / "metrics.jsonl", args.workdir / "checkpoints"
+    settings = {"seed": args.seed, "pos_weight": args.pos_weight}
+    if not args.resume:
+        shutil.rmtree(directory, ignore_errors=True)
+        log.unlink(missing_ok=True)
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(data, args.seed, args.pos_weight, directory)
+    records = []
+    if args.resume:
+        records = resume(trainer, log, settings)
+    progress = tqdm(
+        range(len(records) + 1, args.epochs + 1), "training", unit="epoch", disable=None
+    )
+    with log.open("a") as file:
+        for epoch in progress:
+            record = {"epoch": epoch, **settings, **trainer.train_epoch(epoch)}
+            records.append(record)
+            print(json.dumps(record), file=file, flush=True)
+            trainer.save(epoch, record)
+            summary = f"validation loss {record['validation_loss']:.4f}, mAP {record['validation_map']:.3f}"
+            progress.set_postfix_str(summary, refresh=False)
+            if progress.disable and epoch % 10 == 0:
+                print(f"epoch {epoch}/{args.epochs}: {summary}", flush=True)
+    scores = trainer.test_scores()
+    trainer.checkpoints.close()
+    return records, scores
+
+
+def resume(trainer: Trainer, log: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Restores the last checkpoint, cuts the log back to it and returns the log's records."""
+    last = trainer.checkpoints.latest_step()
+    if last is None:
+        raise SystemExit(f"No checkpoint to resume from in {log.parent}.")
+    records = [json.loads(line) for line in log.read_text().splitlines()[:last]]
+    if any(records[-1][name] != value for name, value in settings.items()):
+        raise SystemExit(f"The run in {log.parent} has other settings than {settings}.")
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    trainer.restore(last)
+    return records
+
+
+def baseline_scores(data: Data) -> dict[str, np.ndarray]:
+    """Test scores of two baselines, fitted on the same rows as the network."""
+    frequencies = np.broadcast_to(data.train.labels.mean(axis=0), data.test.labels.shape)
+    regression = OneVsRestClassifier(LogisticRegression(C=REGRESSION_C, max_iter=1000)).fit(
+        *data.train
+    )
+    return {
+        "label frequencies": frequencies,
+        "logistic regression": regression.predict_proba(data.test.features),
+    }
+
+
+def print_table(results: dict[str, dict[str, float]]) -> None:
+    headings = ("Hamming ↓", "micro-F1 ↑", "macro-F1 ↑", "ranking ↓", "LRAP ↑", "mAP ↑")
+    print(f"{'test part':<20}" + "".join(f"{heading:>12}" for heading in headings))
+    for name, values in results.items():
+        print(f"{name:<20}" + "".join(f"{value:>12.4f}" for value in values.values()))
+
+
+def plot(
+    records: list[dict[str, Any]], labels: np.ndarray, scores: dict[str, np.ndarray], path: Path
+) -> None:
+    """Left the losses by epoch, right the test average precision of each label."""
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 3))
+
+    epochs = [record["epoch"] for record in records]
+    validation = [record["validation_loss"] for record in records]
+    best = int(np.argmin(validation))
+    left.plot(epochs, [record["train_loss"] for record in records], label="training (dropout on)")
+    left.plot(epochs, validation, label="validation")
+    left.plot(epochs[best], validation[best], "ko", label=f"kept: epoch {epochs[best]}")
+    left.set(title="Loss", xlabel="epoch", ylabel="binary cross-entropy")
+
+    frequencies = labels.mean(axis=0)
+    order = np.argsort(-frequencies)
+    place = np.arange(LABELS)
+    looks = ((-0.2, "tab:green"), (0.2, "tab:gray"))
+    for (offset, color), (name, values) in zip(looks, scores.items(), strict=True):
+        precisions = skm.average_precision_score(labels, values, average=None)
+        right.bar(place + offset, precisions[order], width=0.4, color=color, label=name)
+    right.hlines(
+        frequencies[order], place - 0.4, place + 0.4, colors="black", label="label frequency"
+    )
+    right.set_xticks(place, [f"class {label + 1}" for label in order], rotation=45, ha="right")
+    right.set(title="Average precision by label, test part", ylim=(0, 1))
+
+    for axes in (left, right):
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Trains a multi-label classifier on the yeast set with Flax NNX and jaxbce.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--epochs", type=int, default=80, help="epochs in total")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and dropout")
+    parser.add_argument(
+        "--workdir",
+        type=Path,
+        default=Path("runs/yeast"),
+        help="for checkpoints, metrics.jsonl and yeast.png; without --resume, a run that is there "
+        "is overwritten",
+    )
+    parser.add_argument(
+        "--pos-weight",
+        action="store_true",
+        help="weight each label's positives by negatives / positives in training, at most "
+        f"{MAX_POS_WEIGHT:g}",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in workdir up to --epochs, exactly as if it had never stopped",
+    )
+    args = parser.parse_args(argv)
+    if args.epochs < 1 or args.seed < 0:
+        parser.error("--epochs must be at least 1 and --seed at least 0")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Runs the program; returns the network's metrics on the test part."""
+    args = parse_arguments(argv)
+    started = time.perf_counter()
+    data = load_yeast()
+    records, network = train(data, args)
+    scores = {"network": network, **baseline_scores(data)}
+    results = {name: evaluate(data.test.labels, values) for name, values in scores.items()}
+    print_table(results)
+    picture = args.workdir / "yeast.png"
+    compared = {name: scores[name] for name in ("network", "logistic regression")}
+    plot(records, data.test.labels, compared, picture)
+    seconds = time.perf_counter() - started
+    print(
+        f"{seconds:.1f} s on {jax.device_count()} {jax.default_backend()} device(s); see {picture}"
+    )
+    return results["network"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The matrix: every elementwise loss, with its oracle. A new loss joins by one line in `LOSSES`."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import oracle
+import pytest
+
+import jaxbce
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    name: str
+    call: Callable  # (scores, labels, *, weight, where, reduction) -> loss
+    oracle: Callable  # (scores, labels) -> (loss, derivative), in float64
+    probs: bool = False  # scores are probabilities
+    forward: bool = False  # also differentiable in forward mode
+
+    def unreduced(self, *args, **kwargs):
+        return self.call(*args, reduction="none", **kwargs)
+
+    def total(self, *args, **kwargs):
+        return self.call(*args, reduction="sum", **kwargs)
+
+    def draw(self, rng, shape, dtype=np.float32):
+        """Scores and hard labels."""
+        scores = rng.normal(0, 3, shape)
+        if self.probs:
+            scores = rng.uniform(0.01, 0.99, shape)
+        return scores.astype(dtype), rng.integers(0, 2, shape).astype(np.float32)
+
+
+def configured(scores, labels, *, where=None, **options):
+    return jaxbce.BCEWithLogitsLoss(**options)(scores, labels, where=where)
+
+
+def reduced_by_hand(scores, labels, *, reduction="mean", where=None, **options):
+    """`sigmoid_binary_cross_entropy` has no reduction of its own."""
+    loss = jaxbce.sigmoid_binary_cross_entropy(scores, labels, where=where, **options)
+    kept = np.ones((), bool) if where is None else where
+    kept = jax.numpy.broadcast_to(kept, loss.shape).astype(loss.dtype)
+    rows = kept.max(axis=-1, initial=0) if loss.ndim else kept
+    if reduction == "none":
+        return loss
+    divisor = {"sum": 1.0, "mean": kept.sum(), "batchmean": rows.sum()}[reduction]
+    return loss.sum() / jax.numpy.maximum(divisor, 1)
+
+
+LOSSES = [
+    Loss("bce_with_logits", jaxbce.bce_with_logits, oracle.bce_with_logits),
+    Loss(
+        "bce_with_logits-forward_mode",
+        functools.partial(jaxbce.bce_with_logits, forward_mode=True),
+        oracle.bce_with_logits,
+        forward=True,
+    ),
+    Loss(
+        "bce_with_logits-pos_weight",
+        functools.partial(jaxbce.bce_with_logits, pos_weight=3.5),
+        functools.partial(oracle.bce_with_logits, q=3.5),
+    ),
+    Loss("BCEWithLogitsLoss", configured, oracle.bce_with_logits),
+    Loss("sigmoid_binary_cross_entropy", reduced_by_hand, oracle.bce_with_logits),
+    Loss("bce", jaxbce.bce, oracle.bce, probs=True),
+]
+
+every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+logit_losses = pytest.mark.parametrize(
+    "loss", [loss for loss in LOSSES if not loss.probs], ids=lambda loss: loss.name
+)

@@ -1,0 +1,493 @@
+"""What every elementwise loss promises, one test per promise over all of `losses.LOSSES`."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from losses import every_loss, logit_losses
+
+FLOATS = ["float16", "bfloat16", "float32"]
+REDUCTIONS = ["mean", "sum", "batchmean"]
+ROW_MASK = np.array([[True], [False], [True], [True]])
+
+
+def masks(rng):
+    return {
+        "full": rng.random((4, 5)) < 0.7,
+        "rows": ROW_MASK,
+        "labels": np.array([True, False, True, True, False]),
+        "nothing kept": np.zeros((4, 5), bool),
+        "scalar": np.array(True),
+    }
+
+
+every_mask = pytest.mark.parametrize("mask", list(masks(np.random.default_rng(0))))
+every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
+
+
+# --- value and derivatives ---------------------------------------------------------------------
+
+
+@every_loss
+def test_value_and_gradient_match_the_oracle(loss, rng):
+    scores, labels = loss.draw(rng, (4, 5))
+    value, derivative = loss.oracle(scores.astype(np.float64), labels.astype(np.float64))
+    np.testing.assert_allclose(loss.unreduced(scores, labels), value, rtol=2e-6, atol=1e-30)
+    gradient = jax.grad(loss.total)(scores, labels)
+    np.testing.assert_allclose(gradient, derivative, rtol=2e-6, atol=1e-30)
+
+
+@every_loss
+def test_soft_labels(loss, rng):
+    scores, _ = loss.draw(rng, (50,))
+    labels = rng.random(50).astype(np.float32)
+    value, derivative = loss.oracle(scores.astype(np.float64), labels.astype(np.float64))
+    np.testing.assert_allclose(loss.unreduced(scores, labels), value, rtol=2e-6)
+    gradient = jax.grad(loss.total)(scores, labels)
+    np.testing.assert_allclose(gradient, derivative, rtol=2e-6, atol=2e-6)
+
+
+@every_loss
+@pytest.mark.parametrize("labels_dtype", ["bool", "int8", "uint32", "bfloat16", "float32"])
+def test_labels_of_any_real_dtype(loss, labels_dtype, rng):
+    scores, labels = loss.draw(rng, (3, 4))
+    expected = loss.unreduced(scores, labels)
+    chex.assert_trees_all_equal(
+        loss.unreduced(scores, jnp.asarray(labels).astype(labels_dtype)), expected
+    )
+
+
+@every_loss
+@pytest.mark.parametrize("argument", ["labels", "weight"])
+def test_gradient_of_labels_and_weight(loss, argument, rng):
+    """Exact, since the loss is linear in both."""
+    scores, labels = loss.draw(rng, (4, 5))
+    labels, weight = labels * 0.5 + 0.25, rng.random((4, 1)).astype(np.float32)
+
+    def total(labels, weight):
+        return loss.total(scores, labels, weight=weight)
+
+    by_labels, by_weight = jax.grad(total, argnums=(0, 1))(labels, weight)
+    ones, zeros = np.ones_like(labels), np.zeros_like(labels)
+    if argument == "labels":
+        step = loss.oracle(np.float64(scores), ones)[0] - loss.oracle(np.float64(scores), zeros)[0]
+        np.testing.assert_allclose(by_labels, step * weight, rtol=2e-5, atol=1e-6)
+    else:
+        value = loss.oracle(np.float64(scores), np.float64(labels))[0]
+        np.testing.assert_allclose(by_weight, value.sum(1, keepdims=True), rtol=2e-6)
+
+
+@every_loss
+def test_hessian(loss, rng):
+    scores, labels = loss.draw(rng, (3,))
+    hessian = jax.hessian(loss.total)(scores, labels)
+    step = 1e-6
+    above = loss.oracle(scores.astype(np.float64) + step, labels)[1]
+    below = loss.oracle(scores.astype(np.float64) - step, labels)[1]
+    np.testing.assert_allclose(hessian, np.diag((above - below) / (2 * step)), rtol=1e-5, atol=1e-7)
+    reverse_over_reverse = jax.jacrev(jax.grad(loss.total))(scores, labels)
+    np.testing.assert_allclose(reverse_over_reverse, hessian, rtol=1e-6)
+    _, along_ones = jax.jvp(lambda s: jax.grad(loss.total)(s, labels), (scores,), (scores * 0 + 1,))
+    np.testing.assert_allclose(along_ones, hessian.sum(1), rtol=1e-6)
+
+
+@logit_losses
+def test_hessian_of_the_squared_loss_at_logit_zero(loss):
+    """2 (l'² + l l''): wrong at 0 where JAX differentiates through abs and max."""
+    label = np.float32(0)
+
+    def l(x):
+        return loss.unreduced(x, label)
+
+    zero = np.float32(0)
+    first, second = jax.grad(l)(zero), jax.grad(jax.grad(l))(zero)
+    squared = jax.hessian(lambda x: l(x) ** 2)(zero)
+    np.testing.assert_allclose(squared, 2 * (first**2 + l(zero) * second), rtol=1e-6)
+    step = 1e-4
+    slopes = [loss.oracle(np.float64(x), 0.0)[1] for x in (-step, step)]
+    np.testing.assert_allclose(first, loss.oracle(np.float64(0), 0.0)[1], rtol=1e-6)
+    np.testing.assert_allclose(second, (slopes[1] - slopes[0]) / (2 * step), rtol=1e-6)
+
+
+@every_loss
+def test_third_derivative(loss, rng):
+    scores, labels = loss.draw(rng, (8,))
+    third = jax.vmap(jax.grad(jax.grad(jax.grad(loss.unreduced))))(scores, labels)
+    step = 1e-4
+    slope = [loss.oracle(scores.astype(np.float64) + k * step, labels)[1] for k in (-1, 0, 1)]
+    expected = (slope[0] - 2 * slope[1] + slope[2]) / step**2
+    np.testing.assert_allclose(third, expected, rtol=1e-3, atol=1e-5)
+
+
+@every_loss
+def test_forward_mode_only_where_promised(loss, rng):
+    scores, labels = loss.draw(rng, (5,))
+    if not loss.forward:
+        with pytest.raises(TypeError, match="custom_vjp"):
+            jax.jvp(lambda s: loss.total(s, labels), (scores,), (scores,))
+        return
+    gradient = jax.grad(loss.total)(scores, labels)
+    chex.assert_trees_all_close(jax.jacfwd(loss.total)(scores, labels), gradient, rtol=1e-6)
+    _, tangent = jax.jvp(lambda s: loss.total(s, labels), (scores,), (scores,))
+    np.testing.assert_allclose(tangent, np.vdot(gradient, scores), rtol=1e-5)
+    _, linear = jax.linearize(lambda s: loss.total(s, labels), scores)
+    np.testing.assert_allclose(linear(scores), tangent, rtol=1e-6)
+
+
+# --- weight, where, reduction ------------------------------------------------------------------
+
+
+@every_loss
+@every_mask
+@every_reduction
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weight"])
+def test_divisors(loss, mask, reduction, weighted, rng):
+    scores, labels = loss.draw(rng, (4, 5))
+    where = masks(rng)[mask]
+    weight = rng.random((4, 5)).astype(np.float32) if weighted else None
+    value = loss.oracle(scores.astype(np.float64), labels)[0] * (1 if weight is None else weight)
+    kept = np.broadcast_to(where, value.shape)
+    divisor = {"sum": 1, "mean": kept.sum(), "batchmean": kept.any(-1).sum()}[reduction]
+    got = loss.call(scores, labels, where=where, weight=weight, reduction=reduction)
+    np.testing.assert_allclose(got, value[kept].sum() / max(divisor, 1), rtol=2e-6)
+
+
+@every_loss
+def test_unreduced_sums_to_the_sum(loss, rng):
+    scores, labels = loss.draw(rng, (4, 5))
+    where = masks(rng)["full"]
+    unreduced = loss.unreduced(scores, labels, where=where)
+    assert not unreduced[~where].any()
+    np.testing.assert_allclose(unreduced.sum(), loss.total(scores, labels, where=where), rtol=1e-6)
+
+
+@every_loss
+@every_reduction
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)], ids=str)
+def test_empty_arrays_give_zero(loss, reduction, shape):
+    scores = np.zeros(shape, np.float32)
+    value, gradient = jax.value_and_grad(loss.call)(scores, scores, reduction=reduction)
+    assert value == 0
+    assert gradient.shape == shape
+
+
+@every_loss
+@every_reduction
+def test_zero_dimensional(loss, reduction):
+    score = np.float32(0.25)
+    expected = loss.oracle(np.float64(score), 1.0)[0]
+    got = loss.call(score, np.float32(1), reduction=reduction)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    np.testing.assert_allclose(loss.call(0.25, 1, reduction=reduction), expected, rtol=1e-6)
+
+
+GARBAGE = [np.nan, np.inf, -np.inf, 7.0, 1e38]
+
+
+@every_loss
+@every_reduction
+@pytest.mark.parametrize("garbage", GARBAGE, ids=str)
+@pytest.mark.parametrize("how", ["where", "weight"])
+def test_garbage_behind_a_mask_or_a_zero_weight_leaves_no_trace(
+    loss, reduction, garbage, how, rng
+):
+    if loss.probs and np.isfinite(garbage):
+        garbage = 1.0
+    scores, labels = loss.draw(rng, (4, 5))
+    where = masks(rng)["full"]
+    option = {"where": where} if how == "where" else {"weight": where.astype(np.float32)}
+    dirty_scores = np.where(where, scores, garbage).astype(np.float32)
+    dirty_labels = np.where(where, labels, min(garbage, 7.0)).astype(np.float32)
+
+    def value_and_gradients(scores, labels):
+        def value(scores, labels, option):
+            return loss.call(scores, labels, reduction=reduction, **option)
+
+        return jax.value_and_grad(value, argnums=(0, 1))(scores, labels, option)
+
+    clean = value_and_gradients(scores, labels)
+    dirty = value_and_gradients(dirty_scores, dirty_labels)
+    chex.assert_trees_all_close(dirty, clean, rtol=1e-6)
+    if how == "weight":
+        by_weight = jax.grad(
+            lambda weight: loss.call(dirty_scores, labels, weight=weight, reduction=reduction)
+        )(option["weight"])
+        if not np.isfinite(garbage):
+            assert not by_weight[~where].any()
+
+
+@every_loss
+def test_masked_hessian_has_no_nan(loss, rng):
+    scores, labels = loss.draw(rng, (4,))
+    where = np.array([True, False, True, False])
+    scores[1] = np.nan
+    for option in ({"where": where}, {"weight": where.astype(np.float32)}):
+        hessian = jax.hessian(lambda s, option=option: loss.total(s, labels, **option))(scores)
+        assert np.isfinite(hessian).all()
+        assert hessian[0, 0] > 0
+
+
+@every_loss
+def test_nan_that_is_kept_stays(loss):
+    nan = np.float32(np.nan)
+    for scores, labels in ((nan, np.float32(1)), (np.float32(0.5), nan)):
+        assert np.isnan(loss.call(scores, labels))
+    assert np.isnan(jax.grad(loss.call)(nan, np.float32(1)))
+
+
+# --- special values ----------------------------------------------------------------------------
+
+
+@logit_losses
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_infinite_logits(loss, jit):
+    x = np.array([np.inf, -np.inf, np.inf, -np.inf], np.float32)
+    y = np.array([1, 0, 0, 1], np.float32)
+    transform = jax.jit if jit else lambda f: f
+    positive = float(-2 * loss.oracle(np.float64(0), 1.0)[1])  # pos_weight
+    np.testing.assert_array_equal(transform(loss.unreduced)(x, y), [0, 0, np.inf, np.inf])
+    np.testing.assert_array_equal(transform(jax.grad(loss.total))(x, y), [0, 0, 1, -positive])
+
+
+@logit_losses
+def test_a_pos_weight_of_zero_annihilates(loss):
+    if loss.name == "bce_with_logits-pos_weight":
+        pytest.skip("its pos_weight is taken")
+    x = np.array([-np.inf, -5, np.inf], np.float32)
+    ones = np.ones(3, np.float32)
+
+    def total(x):
+        return loss.total(x, ones, pos_weight=np.float32(0))
+
+    value, gradient = jax.value_and_grad(total)(x)
+    assert value == 0
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize(
+    ("p", "y", "value", "slope"),
+    [(0, 0, 0, 0), (1, 1, 0, 0), (0, 1, 100, -1e12), (1, 0, 100, 1e12)],
+    ids=["(0, 0)", "(1, 1)", "(0, 1)", "(1, 0)"],
+)
+def test_probabilities_of_zero_and_one(p, y, value, slope):
+    import jaxbce
+
+    got = jax.value_and_grad(jaxbce.bce)(np.float32(p), np.float32(y))
+    np.testing.assert_allclose(got, (value, slope), rtol=1e-6)
+
+
+PUBLISHED = [
+    (-100, 3.720075976020836e-44, 100),
+    (-50, 1.9287498479639178e-22, 50),
+    (-20, 2.0611536203143807e-9, 20.000000002061154),
+    (-17, 4.1399376330897474e-8, 17.000000041399376),
+    (-10, 4.5398899216864647e-5, 10.000045398899217),
+    (-5, 0.0067153484891180686, 5.0067153484891181),
+    (-1, 0.31326168751822283, 1.3132616875182228),
+    (0, 0.69314718055994531, 0.69314718055994531),
+    (0.5, 0.97407698418010668, 0.47407698418010668),
+    (2, 2.1269280110429725, 0.1269280110429725),
+]
+
+
+@pytest.mark.parametrize(("x", "negative", "positive"), PUBLISHED, ids=lambda v: str(v))
+def test_exact_values(x, negative, positive):
+    """40-digit arithmetic; float64, with subnormal float32 results left out of float32."""
+    import jaxbce
+
+    for dtype, rtol in (("float64", 1e-15), ("float32", 3e-7)):
+        with jax.enable_x64(True):
+            x_ = jnp.asarray([x, -x], dtype)
+            got = jaxbce.bce_with_logits(x_, jnp.asarray([0, 1]), reduction="none")
+            assert got.dtype == dtype
+            np.testing.assert_allclose(got, [negative] * 2, rtol=rtol, atol=1e-38)
+            got = jaxbce.bce_with_logits(x_, jnp.asarray([1, 0]), reduction="none")
+            np.testing.assert_allclose(got, [positive] * 2, rtol=rtol)
+
+
+TEXTBOOK = [
+    (
+        [[-0.6117, 0.1446, 0.0415], [-1.5376, -0.2599, -0.9680]],
+        [[0, 1, 0], [0, 1, 1]],
+        0.6812,
+    ),
+    ([0.2, -1.5, 3.0, 0.7], [1, 0, 1, 0], 0.4878),
+    ([[-100.0], [100], [-50], [50]], [[0], [1], [0], [1]], 0.0),
+]
+
+
+@pytest.mark.parametrize(("logits", "labels", "mean"), TEXTBOOK, ids=["matrix", "vector", "far"])
+def test_textbook_cases(logits, labels, mean):
+    import jaxbce
+
+    logits, labels = jnp.array(logits), jnp.array(labels)
+    assert float(jaxbce.bce_with_logits(logits, labels)) == pytest.approx(mean, abs=5e-5)
+    assert float(jaxbce.bce(jax.nn.sigmoid(logits), labels)) == pytest.approx(mean, abs=5e-5)
+
+
+# --- dtypes ------------------------------------------------------------------------------------
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_half_precision_is_computed_in_float32(loss, dtype, rng):
+    scores, labels = loss.draw(rng, (4, 5))
+    scores = jnp.asarray(scores).astype(dtype)
+    value, gradient = jax.value_and_grad(loss.total)(scores, labels)
+    assert value.dtype == jnp.float32
+    assert gradient.dtype == dtype
+    exact = jax.grad(loss.total)(scores.astype(jnp.float32), labels)
+    chex.assert_trees_all_equal(gradient, exact.astype(dtype))
+
+
+@every_loss
+def test_float64(loss, rng):
+    with jax.enable_x64(True):
+        scores, labels = loss.draw(rng, (4, 5), np.float64)
+        value, gradient = jax.value_and_grad(loss.total)(scores, labels)
+        assert value.dtype == gradient.dtype == jnp.float64
+        expected = loss.oracle(scores, labels)
+        np.testing.assert_allclose(value, expected[0].sum(), rtol=1e-14)
+        np.testing.assert_allclose(gradient, expected[1], rtol=1e-13)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(), (5,), (4, 1), (1, 5), (4, 5)], ids=str)
+def test_gradients_come_back_as_the_argument_went_in(loss, dtype, shape, rng):
+    scores, labels = loss.draw(rng, (4, 5))
+    labels = jnp.asarray(labels).astype(dtype)
+    weight = jnp.asarray(rng.random(shape)).astype(dtype)
+
+    def total(labels, weight):
+        return loss.total(scores, labels, weight=weight)
+
+    by_labels, by_weight = jax.grad(total, argnums=(0, 1))(labels, weight)
+    assert (by_labels.dtype, by_labels.shape) == (labels.dtype, labels.shape)
+    assert (by_weight.dtype, by_weight.shape) == (weight.dtype, weight.shape)
+
+
+# --- transformations ---------------------------------------------------------------------------
+
+
+@every_loss
+def test_transformations_agree(loss, rng):
+    scores, labels = loss.draw(rng, (3, 4))
+    value, gradient = jax.value_and_grad(loss.total)(scores, labels)
+    both = jax.value_and_grad(loss.total)
+    chex.assert_trees_all_close(jax.jit(both)(scores, labels), (value, gradient), rtol=1e-6)
+    chex.assert_trees_all_close(
+        jax.value_and_grad(jax.checkpoint(loss.total))(scores, labels),
+        (value, gradient),
+        rtol=1e-6,
+    )
+    values, gradients = jax.vmap(both)(scores, labels)
+    chex.assert_trees_all_close((values.sum(), gradients), (value, gradient), rtol=1e-6)
+    values, columns = jax.vmap(both, in_axes=1)(scores, labels)
+    chex.assert_trees_all_close((values.sum(), columns.T), (value, gradient), rtol=1e-6)
+    _, (values, gradients) = jax.lax.scan(
+        lambda carry, row: (carry, both(*row)), None, (scores, labels)
+    )
+    chex.assert_trees_all_close((values.sum(), gradients), (value, gradient), rtol=1e-6)
+
+
+@every_loss
+def test_vmap_over_options_only(loss, rng):
+    scores, labels = loss.draw(rng, (3, 4))
+    weights = rng.random((2, 4)).astype(np.float32)
+    got = jax.vmap(lambda w: loss.total(scores, labels, weight=w))(weights)
+    expected = [loss.total(scores, labels, weight=w) for w in weights]
+    np.testing.assert_allclose(got, np.stack(expected), rtol=1e-6)
+
+
+@every_loss
+def test_new_values_do_not_retrace(loss, rng):
+    chex.clear_trace_counter()
+    fn = jax.jit(chex.assert_max_traces(lambda *args: loss.call(*args), n=1))
+    for _ in range(3):
+        fn(*loss.draw(rng, (3, 4)))
+
+
+@every_loss
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_lowers_for_every_platform(loss, platform, rng):
+    args = loss.draw(rng, (8, 128))
+    exported = jax.export.export(jax.jit(jax.value_and_grad(loss.call)), platforms=[platform])
+    assert exported(*args).platforms == (platform,)
+
+
+@every_loss
+def test_deterministic(loss, rng):
+    args = loss.draw(rng, (64, 257))
+    fn = jax.jit(jax.value_and_grad(loss.call))
+    chex.assert_trees_all_equal(fn(*args), fn(*args))
+
+
+# --- sharding ----------------------------------------------------------------------------------
+
+Spec = jax.sharding.PartitionSpec
+
+
+def mesh():
+    kind = jax.sharding.AxisType.Auto
+    return jax.make_mesh((4, 2), ("batch", "labels"), axis_types=(kind, kind))
+
+
+@every_loss
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_sharded_inputs_move_only_scalars(loss, reduction, rng):
+    scores, labels = loss.draw(rng, (16, 32))
+    where = rng.random((16, 32)) < 0.8
+
+    def call(scores, labels, where):
+        return loss.call(scores, labels, where=where, reduction=reduction)
+
+    both = jax.jit(jax.value_and_grad(call))
+    expected = both(scores, labels, where)
+    sharding = jax.sharding.NamedSharding(mesh(), Spec("batch", "labels"))
+    args = jax.device_put((scores, labels, where), sharding)
+    value, gradient = both(*args)
+    chex.assert_trees_all_close((value, gradient), expected, rtol=1e-5)
+    assert gradient.sharding.is_equivalent_to(sharding, 2)
+    program = both.lower(*args).compile().as_text()
+    assert "all-gather" not in program
+    assert "all-to-all" not in program
+    # A row count needs one number per row, everything else is a scalar.
+    largest = 16 // 4 if reduction == "batchmean" else 1
+    assert all(size <= largest for size in all_reduce_sizes(program))
+
+
+def all_reduce_sizes(program):
+    for line in program.splitlines():
+        if " all-reduce(" in line:
+            for shape in line.split(" all-reduce(")[0].split("=")[1].split("]")[:-1]:
+                dimensions = shape.split("[")[1]
+                yield int(np.prod([int(n) for n in dimensions.split(",") if n]))
+
+
+@every_loss
+@pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no vma"])
+def test_inside_shard_map(loss, check_vma, rng):
+    scores, labels = loss.draw(rng, (16, 8))
+    weight = rng.random(8).astype(np.float32)
+
+    def step(scores, labels, weight):
+        def mean(scores, weight):
+            return loss.call(scores, labels, weight=weight)
+
+        value, gradient = jax.value_and_grad(mean)(scores, weight)
+        return jax.lax.pmean(value, "batch"), gradient
+
+    sharded = jax.shard_map(
+        step,
+        mesh=mesh(),
+        in_specs=(Spec("batch"), Spec("batch"), Spec()),
+        out_specs=(Spec(), Spec("batch")),
+        check_vma=check_vma,
+    )
+    value, gradient = jax.jit(sharded)(scores, labels, weight)
+    expected, expected_gradient = jax.value_and_grad(loss.call)(scores, labels, weight=weight)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient, expected_gradient * 4, rtol=1e-5)

@@ -1,0 +1,120 @@
+"""The package as a whole: names, documentation, imports."""
+
+import ast
+import importlib
+import inspect
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import jaxbce
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "jaxbce"
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+# Which modules a module may import from jaxbce.
+IMPORTS = {
+    "_kernels": set(),
+    "_checks": set(),
+    "_reduce": {"_checks"},
+    "_losses": {"_kernels", "_checks", "_reduce"},
+    "_module": {"_losses", "_checks", "_reduce"},
+    "__init__": {"_checks", "_losses", "_module"},
+}
+
+SECTIONS = ["Use it", "Args:", "Returns:", "Raises:", "Edge values:", "Differentiable:"]
+SECTIONS += ["Example:", ">>>", "Source:"]
+
+
+def public_objects():
+    return [(name, getattr(jaxbce, name)) for name in jaxbce.__all__]
+
+
+every_public_name = pytest.mark.parametrize(
+    ("name", "value"), public_objects(), ids=lambda v: v if isinstance(v, str) else ""
+)
+
+
+def test_everything_public_is_exported():
+    public = {name for name in vars(jaxbce) if not name.startswith("_")}
+    public -= {name for name in public if inspect.ismodule(getattr(jaxbce, name))}
+    assert public == set(jaxbce.__all__)
+    assert jaxbce.__all__ == sorted(jaxbce.__all__)
+
+
+@every_public_name
+def test_every_public_name_is_documented(name, value):
+    doc = inspect.getdoc(value)
+    missing = [section for section in SECTIONS if section not in doc]
+    assert not missing
+    if name != "checked":
+        assert "Formula" in doc
+    for parameter in inspect.signature(value).parameters:
+        assert f"  {parameter}: " in doc
+
+
+@every_public_name
+def test_every_public_name_is_in_the_readme(name, value):
+    assert f"`{name}" in (ROOT / "README.md").read_text() or f"jaxbce.{name}" in (
+        ROOT / "README.md"
+    ).read_text()
+
+
+def test_public_functions_share_their_arguments():
+    """Two positional arguments, the rest keyword-only and in one order."""
+    order = list(inspect.signature(jaxbce.bce_with_logits).parameters)[2:]
+    for name in ("bce_with_logits", "sigmoid_binary_cross_entropy", "bce"):
+        parameters = inspect.signature(getattr(jaxbce, name)).parameters.values()
+        kinds = [parameter.kind for parameter in parameters]
+        assert all(kind is inspect.Parameter.KEYWORD_ONLY for kind in kinds[2:])
+        names = [parameter.name for parameter in parameters][2:]
+        assert names == [name for name in order if name in names]
+
+
+def imported_from_jaxbce(module):
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "jaxbce":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxbce."):
+            yield node.module.removeprefix("jaxbce.")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_one_way(module):
+    assert set(imported_from_jaxbce(module)) <= IMPORTS[module]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_says_what_it_is(module):
+    name = "jaxbce" if module == "__init__" else f"jaxbce.{module}"
+    assert importlib.import_module(name).__doc__
+
+
+def test_only_public_jax():
+    for module in MODULES:
+        source = (PACKAGE / f"{module}.py").read_text()
+        assert "jax._src" not in source
+        assert "type: ignore" not in source
+        assert "noqa" not in source
+
+
+def test_a_fresh_import_pulls_in_neither_flax_nor_optax():
+    code = "import sys, jaxbce; print([m for m in ('flax', 'optax', 'chex') if m in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert output.stdout.strip() == "[]"
+
+
+def test_importing_costs_little_beyond_jax():
+    """Less than 0.15 s; the smallest of three runs, since machines are shared."""
+    code = (
+        "import time, jax.numpy, jax.experimental.checkify; t = time.perf_counter(); "
+        "import jaxbce; print(time.perf_counter() - t)"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(3)
+    ]
+    assert min(float(run.stdout) for run in runs) < 0.15

@@ -136,7 +136,7 @@ def test_checked_probabilities():
 
 def test_checked_traced_label_smoothing():
     smoothed = functools.partial(jaxbce.bce_with_logits, X, X)
-    with pytest.raises(ValueError, match="label_smoothing must be in .* got 1.5"):
+    with pytest.raises(ValueError, match=r"label_smoothing must be in .* got 1\.5"):
         jaxbce.checked(lambda a: smoothed(label_smoothing=a))(jnp.float32(1.5))
 
 

@@ -4,7 +4,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from losses import every_loss, logit_losses
 
@@ -98,13 +97,13 @@ def test_hessian_of_the_squared_loss_at_logit_zero(loss):
     """2 (l'² + l l''): wrong at 0 where JAX differentiates through abs and max."""
     label = np.float32(0)
 
-    def l(x):
+    def at(x):
         return loss.unreduced(x, label)
 
     zero = np.float32(0)
-    first, second = jax.grad(l)(zero), jax.grad(jax.grad(l))(zero)
-    squared = jax.hessian(lambda x: l(x) ** 2)(zero)
-    np.testing.assert_allclose(squared, 2 * (first**2 + l(zero) * second), rtol=1e-6)
+    first, second = jax.grad(at)(zero), jax.grad(jax.grad(at))(zero)
+    squared = jax.hessian(lambda x: at(x) ** 2)(zero)
+    np.testing.assert_allclose(squared, 2 * (first**2 + at(zero) * second), rtol=1e-6)
     step = 1e-4
     slopes = [loss.oracle(np.float64(x), 0.0)[1] for x in (-step, step)]
     np.testing.assert_allclose(first, loss.oracle(np.float64(0), 0.0)[1], rtol=1e-6)
@@ -190,9 +189,7 @@ GARBAGE = [np.nan, np.inf, -np.inf, 7.0, 1e38]
 @every_reduction
 @pytest.mark.parametrize("garbage", GARBAGE, ids=str)
 @pytest.mark.parametrize("how", ["where", "weight"])
-def test_garbage_behind_a_mask_or_a_zero_weight_leaves_no_trace(
-    loss, reduction, garbage, how, rng
-):
+def test_garbage_behind_a_mask_or_a_zero_weight_leaves_no_trace(loss, reduction, garbage, how, rng):
     if loss.probs and np.isfinite(garbage):
         garbage = 1.0
     scores, labels = loss.draw(rng, (4, 5))

@@ -58,9 +58,10 @@ def test_every_public_name_is_documented(name, value):
 
 @every_public_name
 def test_every_public_name_is_in_the_readme(name, value):
-    assert f"`{name}" in (ROOT / "README.md").read_text() or f"jaxbce.{name}" in (
-        ROOT / "README.md"
-    ).read_text()
+    assert (
+        f"`{name}" in (ROOT / "README.md").read_text()
+        or f"jaxbce.{name}" in (ROOT / "README.md").read_text()
+    )
 
 
 def test_public_functions_share_their_arguments():
@@ -103,15 +104,16 @@ def test_only_public_jax():
 
 def test_a_fresh_import_pulls_in_neither_flax_nor_optax():
     code = "import sys, jaxbce; print([m for m in ('flax', 'optax', 'chex') if m in sys.modules])"
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert output.stdout.strip() == "[]"
 
 
 def test_importing_costs_little_beyond_jax():
     """Less than 0.15 s; the smallest of three runs, since machines are shared."""
     code = (
-        "import time, jax.numpy, jax.experimental.checkify; t = time.perf_counter(); "
-        "import jaxbce; print(time.perf_counter() - t)"
+        "import time, jax; t = time.perf_counter(); import jaxbce; print(time.perf_counter() - t)"
     )
     runs = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -98,7 +98,7 @@ def test_pos_weight_weights_the_positive_part(example, q):
 
 @given(example=examples(elements=st.floats(-15, 15, width=32)))
 def test_agrees_with_optax_where_optax_is_right(example):
-    x, y, where = example
+    x, y, _ = example
     got = jaxbce.sigmoid_binary_cross_entropy(x, y)
     close(got, optax.sigmoid_binary_cross_entropy(jnp.asarray(x), jnp.asarray(y)))
 

@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -15,7 +16,8 @@ def blocks(language, text=README):
 
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.splitlines()[-1][:40])
 def test_python_block_runs(block):
-    exec(compile(block, "README.md", "exec"), {})
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        exec(compile(block, "README.md", "exec"), {})
 
 
 def test_quick_start_is_one_block_of_two_commands():

@@ -28,6 +28,11 @@ def bce_with_logits(x, y, q=1.0):
     return value, (1 - y) * sigmoid(x) - q * y * sigmoid(-x)
 
 
+def derivative(order, x, y):
+    """The derivative of that order, from 0 to 2, of `bce_with_logits` with respect to x."""
+    return bce_with_logits(x, y)[order] if order < 2 else sigmoid(x) * sigmoid(-x)
+
+
 def bce(p, y):
     with np.errstate(divide="ignore"):
         log_p = np.maximum(np.log(p), -100)
@@ -35,18 +40,20 @@ def bce(p, y):
     return -(y * log_p + (1 - y) * log_1mp), (p - y) / np.maximum(p * (1 - p), 1e-12)
 
 
-def ulp_error(got, expected):
+def ulp_error(got, expected, flushed=1.0):
     """|got - expected| in units in the last place of the dtype of `got` at `expected` (float64).
 
-    Two numbers below the smallest normal one are equal: XLA on a CPU flushes them to 0.
+    Two numbers below `flushed` times the smallest normal one are equal: XLA on a CPU flushes to 0.
+    Beyond the largest number, infinity is exact.
     """
     info = jnp.finfo(got.dtype)
     smallest = float(info.smallest_normal)
     got = np.asarray(got, np.float64)
+    expected = np.where(np.abs(expected) > float(info.max), np.copysign(np.inf, expected), expected)
     with np.errstate(invalid="ignore"):
         magnitude = np.maximum(np.abs(expected), smallest)
         ulp = np.exp2(np.floor(np.log2(magnitude))) * float(info.eps)
         error = np.abs(got - expected) / ulp
         equal = (got == expected) | (np.isnan(got) & np.isnan(expected))
-        equal |= np.maximum(np.abs(got), np.abs(expected)) <= smallest
+        equal |= np.maximum(np.abs(got), np.abs(expected)) <= smallest * flushed
     return np.where(equal, 0.0, np.where(np.isnan(error), np.inf, error))

@@ -41,7 +41,8 @@ def combine(tangents: Any, partials: tuple[jax.Array | None, ...]) -> jax.Array:
         for tangent, partial in zip(tangents, partials, strict=True)
         if partial is not None and not isinstance(tangent, SymbolicZero)
     ]
-    return functools.reduce(operator.add, terms)
+    total: jax.Array = functools.reduce(operator.add, terms)
+    return total
 
 
 def with_vjp(forward: Kernel, partials: Partials) -> Kernel:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from losses import every_loss, logit_losses
@@ -16,9 +16,6 @@ import jaxbce
 SHAPES = st.sampled_from([(), (1,), (7,), (0,), (3, 5), (1, 4), (2, 3, 4), (0, 2)])
 FINITE = st.floats(-1e4, 1e4, width=32)
 UNIT = st.floats(0, 1, width=32)
-
-settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
-settings.load_profile("repeatable")
 
 
 @st.composite

@@ -235,23 +235,35 @@ def check_choice(name: str, argument: str, value: str, choices: tuple[str, ...])
 
 
 def check_array(
-    name: str, argument: str, values: Any, expected: str, shape: tuple[int, ...] | None = None
+    name: str,
+    argument: str,
+    values: Any,
+    *,
+    floating: bool = False,
+    shape: tuple[int, ...] | None = None,
+    axes: str = "",
 ) -> jax.Array:
-    """A float array of the given shape, or of at least one axis; `expected` is for the message."""
+    """A real array, of a float dtype if `floating`, of `shape` if given; `axes` names its axes."""
     dtype = array_dtype(name, argument, values)
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if floating and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"{name}: {argument} must be floating-point, got {dtype}; "
             f"convert with jax.numpy.asarray({argument}, jax.numpy.float32)"
         )
-    return check_shape(name, argument, jnp.asarray(values), expected, shape)
-
-
-def check_shape(
-    name: str, argument: str, values: jax.Array, expected: str, shape: tuple[int, ...]
-) -> jax.Array:
-    if values.shape != shape:
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"{name}: {argument} must be float, integer or bool, got {dtype}")
+    array = jnp.asarray(values)
+    if shape is not None and array.shape != shape:
         raise ValueError(
-            f"{name}: {argument} must have shape {expected} = {shape}, got {values.shape}"
+            f"{name}: {argument} must have shape {axes} = {shape}, got {array.shape}; nothing is "
+            f"broadcast, so reshape it or use jax.numpy.broadcast_to({argument}, {shape})"
         )
-    return values
+    return array
+
+
+def check_size(name: str, argument: str, value: Any, largest: int | None = None) -> None:
+    """A number of things, known while tracing: an int of at least 1."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or value < 1 or (largest is not None and value > largest):
+        limit = "" if largest is None else f" and at most {largest}"
+        raise ValueError(f"{name}: {argument} must be an int of at least 1{limit}, got {value!r}")

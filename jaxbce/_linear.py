@@ -186,13 +186,13 @@ class OneDevice:
 
 def split_primals(primals: Any) -> tuple[Operands, Wanted]:
     """The operands, and the names of those that are differentiated."""
-    operands = Operands(*(None if primal is None else primal.value for primal in primals))
+    values: list[Any] = [None if primal is None else primal.value for primal in primals]
     wanted = [
         name
         for name, primal in zip(Operands._fields, primals, strict=True)
         if primal is not None and primal.perturbed
     ]
-    return operands, tuple(wanted)
+    return Operands(*values), tuple(wanted)
 
 
 def scaled_sum(rows: jax.Array, scale: jax.Array) -> jax.Array:
@@ -206,7 +206,8 @@ def cotangents(gradients: Gradients, g: jax.Array | None = None) -> tuple[Operan
             name: (g * gradient.astype(g.dtype)).astype(gradient.dtype)
             for name, gradient in gradients.items()
         }
-    return (Operands(*(gradients.get(name) for name in Operands._fields)),)
+    values: list[Any] = [gradients.get(name) for name in Operands._fields]
+    return (Operands(*values),)
 
 
 # total_loss = Σ scale · loss of each row. The cotangent is one number, so the gradients are
@@ -267,3 +268,36 @@ def default_chunk_size(batch: int, num_labels: int) -> int:
     """A chunk whose logits stay in the cache; all labels where one chunk is faster than several."""
     chunk_size = max(2**20 // max(batch, 1) // 128 * 128, 512)
     return num_labels if num_labels <= 2 * chunk_size else chunk_size
+
+
+def top_k_pass(
+    features: jax.Array, kernel: jax.Array, bias: jax.Array | None, k: int, chunk_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """The k highest logits of each row and their labels; of equal ones, the lowest label first."""
+    num_labels = kernel.shape[1]
+    whole = max(num_labels // chunk_size - 1, 0)
+    first = num_labels - whole * chunk_size
+
+    def best_of(start: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array]:
+        part = columns(kernel, start, size)
+        logits, _ = chunk_logits(
+            features, part, None if bias is None else columns(bias, start, size)
+        )
+        values, ids = jax.lax.top_k(logits, min(k, size))
+        return values, ids + start
+
+    def step(
+        best: tuple[jax.Array, jax.Array], start: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        values, ids = (
+            jnp.concatenate(pair, axis=1)
+            for pair in zip(best, best_of(start, chunk_size), strict=True)
+        )
+        # The lower labels come first, and `top_k` prefers the first of equal values.
+        values, order = jax.lax.top_k(values, k)
+        return (values, jnp.take_along_axis(ids, order, axis=1)), None
+
+    # The first chunk also takes the labels left over; it holds at least k.
+    starts = first + jnp.arange(whole) * chunk_size
+    best, _ = jax.lax.scan(step, best_of(0, first), starts)
+    return best

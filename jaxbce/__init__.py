@@ -8,14 +8,19 @@
 """
 
 from jaxbce._checks import checked
+from jaxbce._head import linear_bce_with_logits, linear_top_k
 from jaxbce._losses import bce, bce_with_logits, sigmoid_binary_cross_entropy
 from jaxbce._module import BCEWithLogitsLoss
+from jaxbce._siglip import siglip_loss
 
 __all__ = [
     "BCEWithLogitsLoss",
     "bce",
     "bce_with_logits",
     "checked",
+    "linear_bce_with_logits",
+    "linear_top_k",
+    "siglip_loss",
     "sigmoid_binary_cross_entropy",
 ]
 

@@ -21,8 +21,12 @@ IMPORTS = {
     "_checks": set(),
     "_reduce": {"_checks"},
     "_losses": {"_kernels", "_checks", "_reduce"},
+    "_linear": {"_kernels"},
+    "_sharding": {"_checks", "_linear"},
+    "_head": {"_checks", "_reduce", "_linear", "_sharding"},
+    "_siglip": {"_checks", "_linear", "_sharding"},
     "_module": {"_losses", "_checks", "_reduce"},
-    "__init__": {"_checks", "_losses", "_module"},
+    "__init__": {"_checks", "_head", "_losses", "_module", "_siglip"},
 }
 
 SECTIONS = ["Use it", "Args:", "Returns:", "Raises:", "Edge values:", "Differentiable:"]

@@ -9,19 +9,30 @@
 
 from jaxbce._checks import checked
 from jaxbce._head import linear_bce_with_logits, linear_top_k
-from jaxbce._losses import bce, bce_with_logits, sigmoid_binary_cross_entropy
+from jaxbce._labels import balanced_pos_weight, multi_hot, positives_from_multi_hot, prior_bias
+from jaxbce._losses import (
+    bce,
+    bce_with_logits,
+    sigmoid_binary_cross_entropy,
+    sparse_bce_with_logits,
+)
 from jaxbce._module import BCEWithLogitsLoss
 from jaxbce._siglip import siglip_loss
 
 __all__ = [
     "BCEWithLogitsLoss",
+    "balanced_pos_weight",
     "bce",
     "bce_with_logits",
     "checked",
     "linear_bce_with_logits",
     "linear_top_k",
+    "multi_hot",
+    "positives_from_multi_hot",
+    "prior_bias",
     "siglip_loss",
     "sigmoid_binary_cross_entropy",
+    "sparse_bce_with_logits",
 ]
 
 __version__ = "0.1.0"

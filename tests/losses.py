@@ -19,6 +19,7 @@ class Loss:
     oracle: Callable  # (scores, labels) -> (loss, derivative), in float64
     probs: bool = False  # scores are probabilities
     forward: bool = False  # also differentiable in forward mode
+    dense: bool = True  # takes dense labels, which may be soft and have a gradient
 
     def unreduced(self, *args, **kwargs):
         return self.call(*args, reduction="none", **kwargs)
@@ -50,6 +51,15 @@ def reduced_by_hand(scores, labels, *, reduction="mean", where=None, **options):
     return loss.sum() / jax.numpy.maximum(divisor, 1)
 
 
+def from_positives(scores, labels, *, reduction="mean", **options):
+    """Hard labels as the ids of the positives; a lone logit is a row of one label."""
+    rows, labels = jax.numpy.atleast_1d(scores, labels)
+    ids = jax.numpy.arange(labels.shape[-1])
+    positives = jax.numpy.where(labels.astype(bool), ids, -1)
+    loss = jaxbce.sparse_bce_with_logits(rows, positives, reduction=reduction, **options)
+    return loss.reshape(jax.numpy.shape(scores)) if reduction == "none" else loss
+
+
 LOSSES = [
     Loss("bce_with_logits", jaxbce.bce_with_logits, oracle.bce_with_logits),
     Loss(
@@ -65,10 +75,14 @@ LOSSES = [
     ),
     Loss("BCEWithLogitsLoss", configured, oracle.bce_with_logits),
     Loss("sigmoid_binary_cross_entropy", reduced_by_hand, oracle.bce_with_logits),
+    Loss("sparse_bce_with_logits", from_positives, oracle.bce_with_logits, dense=False),
     Loss("bce", jaxbce.bce, oracle.bce, probs=True),
 ]
 
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+dense_losses = pytest.mark.parametrize(
+    "loss", [loss for loss in LOSSES if loss.dense], ids=lambda loss: loss.name
+)
 logit_losses = pytest.mark.parametrize(
     "loss", [loss for loss in LOSSES if not loss.probs], ids=lambda loss: loss.name
 )

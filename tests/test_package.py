@@ -20,13 +20,14 @@ IMPORTS = {
     "_kernels": set(),
     "_checks": set(),
     "_reduce": {"_checks"},
-    "_losses": {"_kernels", "_checks", "_reduce"},
+    "_labels": {"_checks"},
+    "_losses": {"_kernels", "_checks", "_labels", "_reduce"},
     "_linear": {"_kernels"},
     "_sharding": {"_checks", "_linear"},
     "_head": {"_checks", "_reduce", "_linear", "_sharding"},
     "_siglip": {"_checks", "_linear", "_sharding"},
     "_module": {"_losses", "_checks", "_reduce"},
-    "__init__": {"_checks", "_head", "_losses", "_module", "_siglip"},
+    "__init__": {"_checks", "_head", "_labels", "_losses", "_module", "_siglip"},
 }
 
 SECTIONS = ["Use it", "Args:", "Returns:", "Raises:", "Edge values:", "Differentiable:"]
@@ -71,7 +72,12 @@ def test_every_public_name_is_in_the_readme(name, value):
 def test_public_functions_share_their_arguments():
     """Two positional arguments, the rest keyword-only and in one order."""
     order = list(inspect.signature(jaxbce.bce_with_logits).parameters)[2:]
-    for name in ("bce_with_logits", "sigmoid_binary_cross_entropy", "bce"):
+    for name in (
+        "bce_with_logits",
+        "sigmoid_binary_cross_entropy",
+        "bce",
+        "sparse_bce_with_logits",
+    ):
         parameters = inspect.signature(getattr(jaxbce, name)).parameters.values()
         kinds = [parameter.kind for parameter in parameters]
         assert all(kind is inspect.Parameter.KEYWORD_ONLY for kind in kinds[2:])

@@ -8,6 +8,7 @@
 """
 
 from jaxbce._checks import checked
+from jaxbce._head import linear_bce_with_logits, linear_top_k
 from jaxbce._labels import balanced_pos_weight, multi_hot, positives_from_multi_hot, prior_bias
 from jaxbce._losses import (
     bce,
@@ -16,6 +17,7 @@ from jaxbce._losses import (
     sparse_bce_with_logits,
 )
 from jaxbce._module import BCEWithLogitsLoss
+from jaxbce._siglip import siglip_loss
 
 __all__ = [
     "BCEWithLogitsLoss",
@@ -23,9 +25,12 @@ __all__ = [
     "bce",
     "bce_with_logits",
     "checked",
+    "linear_bce_with_logits",
+    "linear_top_k",
     "multi_hot",
     "positives_from_multi_hot",
     "prior_bias",
+    "siglip_loss",
     "sigmoid_binary_cross_entropy",
     "sparse_bce_with_logits",
 ]

@@ -232,3 +232,42 @@ def check_fraction(name: str, argument: str, value: Any) -> None:
 def check_choice(name: str, argument: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: {argument} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_array(
+    name: str,
+    argument: str,
+    values: Any,
+    *,
+    floating: bool = False,
+    shape: tuple[int, ...] | None = None,
+    axes: str = "",
+) -> jax.Array:
+    """A real array, of a float dtype if `floating`, of `shape` if given; `axes` names its axes."""
+    dtype = array_dtype(name, argument, values)
+    if floating and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"{name}: {argument} must be floating-point, got {dtype}; "
+            f"convert with jax.numpy.asarray({argument}, jax.numpy.float32)"
+        )
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"{name}: {argument} must be float, integer or bool, got {dtype}")
+    array = jnp.asarray(values)
+    if shape is not None and array.shape != shape:
+        raise ValueError(
+            f"{name}: {argument} must have shape {axes} = {shape}, got {array.shape}; nothing is "
+            f"broadcast, so reshape it or use jax.numpy.broadcast_to({argument}, {shape})"
+        )
+    return array
+
+
+def check_size(
+    name: str, argument: str, value: Any, largest: int | None = None, *, least: int = 1
+) -> None:
+    """A number of things, known while tracing: an int of at least `least`."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or value < least or (largest is not None and value > largest):
+        limit = "" if largest is None else f" and at most {largest}"
+        raise ValueError(
+            f"{name}: {argument} must be an int of at least {least}{limit}, got {value!r}"
+        )

@@ -109,9 +109,16 @@ def softplus_mix_partials(x: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax
 softplus_mix = with_jvp(softplus_mix_value, softplus_mix_partials)
 
 
-def softplus(x: jax.Array) -> jax.Array:
-    """log(1 + exp(x))"""
-    return softplus_mix(x, jnp.ones_like(x), jnp.zeros_like(x))
+def softplus_value(x: jax.Array) -> jax.Array:
+    """log(1 + exp(x)), without the `where` that would keep XLA on a CPU from fusing it in a sum."""
+    return jnp.maximum(x, 0) + log1p_unit(jnp.exp(-jnp.abs(x)))
+
+
+def softplus_partials(x: jax.Array) -> tuple[jax.Array]:
+    return (sigmoid(x),)
+
+
+softplus = with_jvp(softplus_value, softplus_partials)
 
 
 def sigmoid_mix_value(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -1,0 +1,282 @@
+"""Public functions of the chunked head: check, choose the chunk and the devices, evaluate."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import ArrayLike
+
+from jaxbce import _checks, _linear, _reduce, _sharding
+
+
+def linear_bce_with_logits(
+    features: ArrayLike,
+    kernel: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    positives: ArrayLike | None = None,
+    labels: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
+    pos_weight: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    reduction: str = "mean",
+    chunk_size: int | None = None,
+    mesh: Mesh | None = None,
+    batch_axis: str | None = None,
+    label_axis: str | None = None,
+) -> jax.Array:
+    """Binary cross-entropy of the logits features @ kernel + bias, which are never held.
+
+    Use it as the last layer and the loss of a classifier with thousands to millions of labels: the
+    memory beyond the inputs and their gradients is a small multiple of batch · chunk_size, and the
+    loss with all gradients takes one pass over the kernel.
+
+    Formula, with x = features · kernel[:, l] + bias[l] the logit of label l, y its label, which is
+    1 for positives, and q its pos_weight:
+
+      loss of a row = weight · Σₗ [(1 − y) softplus(x) + q y softplus(−x)]
+
+    Args:
+      features: float array [..., D].
+      kernel: float array [D, L].
+      bias: float array [L]; None is 0.
+      positives: integer array [..., P] of label ids, padded with -1. Exactly one of positives and
+        labels is given.
+      labels: float, integer or bool array [..., L] in [0, 1]; soft labels are welcome.
+      weight: real array [...], one number per row; None is 1.
+      pos_weight: real array [L] that multiplies the positive term only; None is 1.
+      label_smoothing: number a in [0, 1]; labels become y (1 − a) + a / 2.
+      reduction: "mean" is Σ loss / (rows · L), "sum" Σ loss, "batchmean" Σ loss / rows, "none" one
+        loss per row, summed over its labels. `weight` is in no divisor.
+      chunk_size: number of labels at a time; None chooses, and takes all of them at once where that
+        is faster.
+      mesh: devices to share the work; None uses one, or what `jax.jit` makes of sharded inputs.
+      batch_axis: axis of the mesh over which features, positives, weight and the rows of labels are
+        sharded; None replicates them.
+      label_axis: axis of the mesh over which kernel, bias, pos_weight and the columns of labels are
+        sharded; None replicates them.
+
+    Returns:
+      The loss in float32 (float64 where features or kernel are): a scalar, or [...] for "none".
+
+    Raises:
+      TypeError: features, kernel or bias are not floating-point, positives not integer, or an
+        argument is not an array.
+      ValueError: neither or both of positives and labels are given, a shape does not fit, an axis
+        of the mesh does not exist or does not divide its size, or reduction, label_smoothing or
+        chunk_size is not valid.
+
+    Edge values: a positive outside [0, L) is padding, duplicates count once. A row of weight 0 with
+    an infinite or NaN feature gives 0. Infinite logits as in `bce_with_logits`. Nothing gives 0.
+
+    Differentiable: with respect to features, kernel, bias, float labels, weight, pos_weight and
+    label_smoothing, each in its own dtype and shape, in reverse mode; forward over reverse and
+    reverse over reverse too. What is not differentiated costs nothing. For "none" the logits are
+    computed once more in the backward pass.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbce
+      >>> features, kernel = jnp.ones((2, 3)), jnp.full((3, 5), 0.1)
+      >>> positives = jnp.array([[4, -1], [0, 2]])
+      >>> loss = jaxbce.linear_bce_with_logits(features, kernel, positives=positives)
+      >>> print(round(float(loss), 4))
+      0.7644
+
+    Source: the chunked softmax head of Wijmans et al. 2024, "Cut Your Losses", made exact in one
+    pass by the absence of a normaliser.
+    """
+    name = "linear_bce_with_logits"
+    _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
+    _checks.check_fraction(name, "label_smoothing", label_smoothing)
+    if (positives is None) == (labels is None):
+        given = "neither" if labels is None else "both"
+        raise ValueError(f"{name}: give exactly one of positives and labels, got {given}")
+    no_smoothing = isinstance(label_smoothing, (int, float)) and label_smoothing == 0
+    loss: jax.Array = _evaluate(
+        features,
+        kernel,
+        bias,
+        positives,
+        labels,
+        weight,
+        pos_weight,
+        None if no_smoothing else label_smoothing,
+        name=name,
+        reduction=reduction,
+        chunk_size=chunk_size,
+        mesh=mesh,
+        batch_axis=batch_axis,
+        label_axis=label_axis,
+    )
+    return loss
+
+
+def linear_top_k(
+    features: ArrayLike,
+    kernel: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    k: int,
+    chunk_size: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The k highest of the logits features @ kernel + bias, which are never held, and their labels.
+
+    Use it to predict with a head of very many labels.
+
+    Formula: `jax.lax.top_k(features @ kernel + bias, k)`.
+
+    Args:
+      features: float array [..., D].
+      kernel: float array [D, L].
+      bias: float array [L]; None is 0.
+      k: how many, an int in [1, L].
+      chunk_size: number of labels at a time, at least k of them; None chooses.
+
+    Returns:
+      The logits [..., k] in float32 (float64 where features or kernel are), highest first, and
+      their labels [..., k] in int32.
+
+    Raises:
+      TypeError: features, kernel or bias are not floating-point, or not an array.
+      ValueError: a shape does not fit, or k or chunk_size is not valid.
+
+    Edge values: of equal logits the one of the lowest label comes first, as in `jax.lax.top_k`.
+
+    Differentiable: the logits are, with respect to features, kernel and bias.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbce
+      >>> logits, labels = jaxbce.linear_top_k(jnp.ones(2), jnp.array([[1., 3, 2], [1, 1, 2]]), k=2)
+      >>> print(logits, labels)
+      [4. 4.] [1 2]
+
+    Source: `jax.lax.top_k`, merged over chunks.
+    """
+    best: tuple[jax.Array, jax.Array] = _top_k(features, kernel, bias, k=k, chunk_size=chunk_size)
+    return best
+
+
+def _prepare_layer(
+    name: str, features: Any, kernel: Any, bias: Any
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The arrays of a linear layer; `features` in the dtype in which products are multiplied."""
+    features = _checks.check_array(name, "features", features, floating=True)
+    kernel = _checks.check_array(name, "kernel", kernel, floating=True)
+    if not features.ndim:
+        raise ValueError(f"{name}: features must have shape (..., width), got one number")
+    if kernel.ndim != 2 or kernel.shape[0] != features.shape[-1]:
+        raise ValueError(
+            f"{name}: kernel must have shape (width, labels) for features {features.shape} of "
+            f"shape (..., width), got {kernel.shape}; a (labels, width) kernel is kernel.T"
+        )
+    dtype = jnp.promote_types(features.dtype, kernel.dtype)
+    if dtype != jnp.bfloat16:
+        # Gradients of single logits, divided by rows · labels, are too small for float16.
+        dtype = jnp.promote_types(dtype, jnp.float32)
+    features = features.astype(dtype)
+    if bias is not None:
+        shape = kernel.shape[1:]
+        bias = _checks.check_array(name, "bias", bias, floating=True, shape=shape, axes="(labels,)")
+        bias = bias.astype(_linear.accumulator(features))
+    return features, kernel, bias
+
+
+def _prepare_targets(
+    name: str,
+    positives: Any,
+    labels: Any,
+    weight: jax.Array | None,
+    lead: tuple[int, ...],
+    num_labels: int,
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Whichever is given, with one leading axis."""
+    batch = math.prod(lead)
+    if positives is not None:
+        positives = _checks.check_positives(name, positives, num_labels)
+        size = positives.shape[-1]
+        _checks.check_array(
+            name, "positives", positives, shape=(*lead, size), axes="(..., positives)"
+        )
+        return positives.reshape(batch, size), None
+    labels = _checks.check_array(
+        name, "labels", labels, shape=(*lead, num_labels), axes="(..., labels)"
+    ).reshape(batch, num_labels)
+    ok = (labels >= 0) & (labels <= 1)
+    if weight is not None:
+        ok = ok | (weight == 0)[:, None]
+    _checks.check_values(name, "labels", labels, ok, "in [0, 1]")
+    return None, labels
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("name", "reduction", "chunk_size", "mesh", "batch_axis", "label_axis"),
+)
+def _evaluate(
+    features: Any,
+    kernel: Any,
+    bias: Any,
+    positives: Any,
+    labels: Any,
+    weight: Any,
+    pos_weight: Any,
+    label_smoothing: Any,
+    *,
+    name: str,
+    reduction: str,
+    chunk_size: int | None,
+    mesh: Mesh | None,
+    **axes: str | None,
+) -> jax.Array:
+    features, kernel, bias = _prepare_layer(name, features, kernel, bias)
+    lead, num_labels = features.shape[:-1], kernel.shape[1]
+    batch = math.prod(lead)
+    how = _sharding.choose_devices(name, (batch, num_labels), chunk_size, mesh, axes)
+    features = features.reshape(batch, features.shape[-1])
+    dtype = _linear.accumulator(features)
+    if weight is not None:
+        weight = _checks.check_array(name, "weight", weight, shape=lead, axes="(...,)")
+        weight = weight.astype(dtype).reshape(batch)
+        keep = (weight != 0) | jnp.all(jnp.isfinite(features), axis=1)
+        features = jnp.where(keep[:, None], features, 0)
+        weight = jnp.where(keep, weight, 0)
+    positives, labels = _prepare_targets(name, positives, labels, weight, lead, num_labels)
+    if pos_weight is not None:
+        pos_weight = _checks.check_array(
+            name, "pos_weight", pos_weight, shape=(num_labels,), axes="(labels,)"
+        ).astype(dtype)
+    if label_smoothing is not None:
+        label_smoothing = _checks.check_array(
+            name, "label_smoothing", label_smoothing, shape=(), axes="()"
+        ).astype(dtype)
+        ok = (label_smoothing >= 0) & (label_smoothing <= 1)
+        _checks.check_values(name, "label_smoothing", label_smoothing, ok, "in [0, 1]")
+
+    divisors = {"mean": batch * num_labels, "batchmean": batch}
+    scale = jnp.ones(batch, dtype) if weight is None else weight
+    scale = scale / max(divisors.get(reduction, 1), 1)
+    operands = _linear.Operands(
+        features, kernel, bias, positives, labels, pos_weight, label_smoothing, scale
+    )
+    if reduction != "none":
+        return _linear.total_loss(how, operands)
+    loss = _linear.row_losses(how, operands)
+    return _reduce.reduce_loss(loss, weight, None, None, "none").reshape(lead)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "chunk_size"))
+def _top_k(
+    features: Any, kernel: Any, bias: Any, *, k: int, chunk_size: int | None
+) -> tuple[jax.Array, jax.Array]:
+    name = "linear_top_k"
+    features, kernel, bias = _prepare_layer(name, features, kernel, bias)
+    num_labels = kernel.shape[1]
+    _checks.check_size(name, "k", k, num_labels)
+    lead = features.shape[:-1]
+    features = features.reshape(math.prod(lead), features.shape[-1])
+    how = _sharding.choose_devices(name, (features.shape[0], num_labels), chunk_size, None, {})
+    values, ids = _linear.top_k_pass(features, kernel, bias, k, max(how.chunk_size, k))
+    return values.reshape(*lead, k), ids.reshape(*lead, k)

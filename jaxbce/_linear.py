@@ -1,0 +1,303 @@
+"""The chunked head: the loss and the highest logits of features @ kernel + bias, chunk by chunk.
+
+BCE has no normaliser across labels, so one pass over chunks of labels yields the loss and, in the
+same pass, every gradient: with Z the logits of a chunk and G = scale · ∂loss/∂Z, both
+[batch, chunk], the products are Z = features @ kernel, ∂features += G @ kernelᵀ and
+∂kernel = featuresᵀ @ G. Nothing of the size [batch, labels] exists.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxbce import _kernels
+
+Gradients = dict[str, jax.Array]
+Wanted = tuple[str, ...]  # the operands whose gradient is wanted
+
+
+class Operands(NamedTuple):
+    """The arrays of one loss. The dtype of `features` is that in which products are multiplied."""
+
+    features: jax.Array  # [batch, width]
+    kernel: jax.Array  # [width, labels]
+    bias: jax.Array | None  # [labels]
+    positives: jax.Array | None  # [batch, positives] in [0, labels]; `labels` is padding
+    labels: jax.Array | None  # [batch, labels]
+    pos_weight: jax.Array | None  # [labels]
+    label_smoothing: jax.Array | None  # []
+    scale: jax.Array  # [batch], the factor of each row in the total
+
+
+LABELLED = ("kernel", "bias", "labels", "pos_weight")  # one column, or number, per label
+
+
+def accumulator(features: jax.Array) -> Any:
+    return jnp.promote_types(features.dtype, jnp.float32)
+
+
+def product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+    dimensions = (((axis_a,), (axis_b,)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=accumulator(a))
+
+
+def columns(array: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, start, size, axis=array.ndim - 1)
+
+
+def chunk_logits(
+    features: jax.Array, kernel: jax.Array, bias: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """The logits of a chunk, and its kernel in the dtype of the product."""
+    kernel = kernel.astype(features.dtype)
+    logits = product(features, kernel, 1, 0)
+    return (logits if bias is None else logits + bias[None]), kernel
+
+
+def chunk_signs(positives: jax.Array, first: jax.Array | int, size: int, dtype: Any) -> jax.Array:
+    """−1 at the positives among the labels first, ..., first + size − 1, and 1 elsewhere."""
+    local = positives - first
+    # One past the end is dropped; a negative index would wrap around even so.
+    local = jnp.where((local >= 0) & (local < size), local, size)
+    rows = jnp.arange(positives.shape[0])[:, None]
+    return jnp.ones((positives.shape[0], size), dtype).at[rows, local].set(-1, mode="drop")
+
+
+def elementwise_loss(
+    signs: jax.Array | None,
+    logits: jax.Array,
+    labels: jax.Array | None = None,
+    pos_weight: jax.Array | None = None,
+    label_smoothing: jax.Array | None = None,
+) -> jax.Array:
+    if labels is None:
+        assert signs is not None
+        if pos_weight is None and label_smoothing is None:
+            return _kernels.over(_kernels.softplus, 2)(signs * logits)
+        labels = jnp.maximum(-signs, 0)
+    if label_smoothing is not None:
+        labels = labels * (1 - label_smoothing) + label_smoothing / 2
+    return _kernels.over(_kernels.bce_with_logits_forward, 2)(logits, labels, pos_weight)
+
+
+def chunk_pass(
+    operands: Operands, wanted: Wanted, offset: jax.Array | int, start: jax.Array | int, size: int
+) -> tuple[jax.Array, Gradients]:
+    """What `size` labels from `start` add to the loss of each row, and their gradients."""
+    chunk = {
+        name: columns(array, start, size)
+        for name in LABELLED
+        if (array := getattr(operands, name)) is not None
+    }
+    logits, kernel = chunk_logits(operands.features, chunk["kernel"], chunk.get("bias"))
+    signs, elements = None, {"logits": logits}
+    if operands.positives is not None:
+        signs = chunk_signs(operands.positives, offset + start, size, logits.dtype)
+    else:
+        elements["labels"] = chunk["labels"].astype(logits.dtype)
+    if operands.pos_weight is not None:
+        elements["pos_weight"] = jnp.broadcast_to(chunk["pos_weight"], logits.shape)
+    if operands.label_smoothing is not None:
+        elements["label_smoothing"] = jnp.broadcast_to(operands.label_smoothing, logits.shape)
+
+    if not wanted:
+        return jnp.sum(elementwise_loss(signs, **elements), axis=1), {}
+
+    def loss_of(elements: dict[str, jax.Array]) -> jax.Array:
+        return elementwise_loss(signs, **elements)
+
+    loss, pullback = jax.vjp(loss_of, elements)
+    scale = operands.scale[:, None]
+    (slopes,) = pullback(jnp.broadcast_to(scale, logits.shape))
+    slopes = {name: jnp.where(scale == 0, 0, slope) for name, slope in slopes.items()}
+    gradients = {}
+    if "bias" in wanted:
+        gradients["bias"] = jnp.sum(slopes["logits"], axis=0)
+    slope = slopes["logits"].astype(kernel.dtype)
+    if "features" in wanted:
+        gradients["features"] = product(slope, kernel, 1, 1)
+    if "kernel" in wanted:
+        dtype = operands.kernel.dtype
+        gradients["kernel"] = product(operands.features, slope, 0, 0).astype(dtype)
+    if "labels" in wanted:
+        assert operands.labels is not None
+        gradients["labels"] = slopes["labels"].astype(operands.labels.dtype)
+    if "pos_weight" in wanted:
+        gradients["pos_weight"] = jnp.sum(slopes["pos_weight"], axis=0)
+    if "label_smoothing" in wanted:
+        gradients["label_smoothing"] = jnp.sum(slopes["label_smoothing"])
+    return jnp.sum(loss, axis=1), gradients
+
+
+def put(gradients: Gradients, name: str, part: jax.Array, start: jax.Array | int) -> jax.Array:
+    """The gradient of an operand with that of a chunk written into it, or added to it."""
+    if name in LABELLED:
+        axis = part.ndim - 1
+        return jax.lax.dynamic_update_slice_in_dim(gradients[name], part, start, axis)
+    return gradients[name] + part
+
+
+def full_pass(
+    operands: Operands, wanted: Wanted, chunk_size: int, offset: jax.Array | int = 0
+) -> tuple[jax.Array, Gradients]:
+    """The unscaled loss of each row and the gradients of Σ scale · loss.
+
+    `offset` is the id of the first label of `kernel`.
+    """
+    num_labels = operands.kernel.shape[1]
+    whole = max(num_labels - 1, 0) // chunk_size
+    start = whole * chunk_size
+    # The last chunk, which may be smaller, comes first: the sums of the loop start from its own.
+    rows, parts = chunk_pass(operands, wanted, offset, start, num_labels - start)
+    if not whole:
+        return rows, parts
+    empty = {
+        name: jnp.zeros((*part.shape[:-1], num_labels), part.dtype)
+        if name in LABELLED
+        else jnp.zeros_like(part)
+        for name, part in parts.items()
+    }
+    gradients = {name: put(empty, name, part, start) for name, part in parts.items()}
+
+    def step(
+        carry: tuple[jax.Array, Gradients], start: jax.Array
+    ) -> tuple[tuple[jax.Array, Gradients], None]:
+        rows, gradients = carry
+        more, parts = chunk_pass(operands, wanted, offset, start, chunk_size)
+        gradients = {name: put(gradients, name, part, start) for name, part in parts.items()}
+        return (rows + more, gradients), None
+
+    starts = jnp.arange(whole) * chunk_size
+    (rows, gradients), _ = jax.lax.scan(step, (rows, gradients), starts)
+    return rows, gradients
+
+
+@dataclasses.dataclass(frozen=True)
+class OneDevice:
+    """How a pass over all labels is run."""
+
+    chunk_size: int
+
+    def run(self, operands: Operands, wanted: Wanted) -> tuple[jax.Array, Gradients]:
+        return full_pass(operands, wanted, self.chunk_size)
+
+
+def split_primals(primals: Any) -> tuple[Operands, Wanted]:
+    """The operands, and the names of those that are differentiated."""
+    values: list[Any] = [None if primal is None else primal.value for primal in primals]
+    wanted = [
+        name
+        for name, primal in zip(Operands._fields, primals, strict=True)
+        if primal is not None and primal.perturbed
+    ]
+    return Operands(*values), tuple(wanted)
+
+
+def scaled_sum(rows: jax.Array, scale: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(scale == 0, 0, rows * scale))
+
+
+def cotangents(gradients: Gradients, g: jax.Array | None = None) -> tuple[Operands]:
+    """One per operand, None for 0; multiplied by `g`."""
+    if g is not None:
+        gradients = {
+            name: (g * gradient.astype(g.dtype)).astype(gradient.dtype)
+            for name, gradient in gradients.items()
+        }
+    values: list[Any] = [gradients.get(name) for name in Operands._fields]
+    return (Operands(*values),)
+
+
+# total_loss = Σ scale · loss of each row. The cotangent is one number, so the gradients are
+# computed with the loss and multiplied by it. A higher derivative goes through that forward rule.
+
+
+def total_loss_impl(how: OneDevice, operands: Operands) -> jax.Array:
+    rows, _ = how.run(operands, ())
+    return scaled_sum(rows, operands.scale)
+
+
+def total_loss_fwd(how: OneDevice, primals: Any) -> tuple[jax.Array, Gradients]:
+    operands, wanted = split_primals(primals)
+    rows, gradients = how.run(operands, tuple(name for name in wanted if name != "scale"))
+    scale = operands.scale
+    if "scale" in wanted:
+        gradients["scale"] = jnp.where((scale == 0) & ~jnp.isfinite(rows), 0, rows)
+    if "features" in wanted:
+        gradients["features"] = gradients["features"].astype(operands.features.dtype)
+    return scaled_sum(rows, scale), gradients
+
+
+def total_loss_bwd(how: OneDevice, gradients: Gradients, g: jax.Array) -> tuple[Operands]:
+    return cotangents(gradients, g)
+
+
+total_loss = jax.custom_vjp(total_loss_impl, nondiff_argnums=(0,))
+total_loss.defvjp(total_loss_fwd, total_loss_bwd, symbolic_zeros=True)
+
+
+# row_losses = the loss of each row, `scale` apart. The cotangent of each row is its scale in the
+# gradients, so the backward pass computes them.
+
+
+def row_losses_impl(how: OneDevice, operands: Operands) -> jax.Array:
+    return how.run(operands, ())[0]
+
+
+def row_losses_fwd(how: OneDevice, primals: Any) -> tuple[jax.Array, Any]:
+    operands, wanted = split_primals(primals)
+    # The names as a structure without leaves: residuals hold arrays only.
+    return row_losses_impl(how, operands), (operands, dict.fromkeys(wanted, ()))
+
+
+def row_losses_bwd(how: OneDevice, residuals: Any, g: jax.Array) -> tuple[Operands]:
+    operands, wanted = residuals
+    _, gradients = how.run(operands._replace(scale=g), tuple(wanted))
+    if "features" in wanted:
+        gradients["features"] = gradients["features"].astype(operands.features.dtype)
+    return cotangents(gradients)
+
+
+row_losses = jax.custom_vjp(row_losses_impl, nondiff_argnums=(0,))
+row_losses.defvjp(row_losses_fwd, row_losses_bwd, symbolic_zeros=True)
+
+
+def default_chunk_size(batch: int, num_labels: int) -> int:
+    """A chunk whose logits stay in the cache; all labels where one chunk is faster than several."""
+    chunk_size = max(2**20 // max(batch, 1) // 128 * 128, 512)
+    return num_labels if num_labels <= 2 * chunk_size else chunk_size
+
+
+def top_k_pass(
+    features: jax.Array, kernel: jax.Array, bias: jax.Array | None, k: int, chunk_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """The k highest logits of each row and their labels; of equal ones, the lowest label first."""
+    num_labels = kernel.shape[1]
+    whole = max(num_labels // chunk_size - 1, 0)
+    first = num_labels - whole * chunk_size
+
+    def best_of(start: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array]:
+        part = columns(kernel, start, size)
+        logits, _ = chunk_logits(
+            features, part, None if bias is None else columns(bias, start, size)
+        )
+        values, ids = jax.lax.top_k(logits, min(k, size))
+        return values, ids + start
+
+    def step(
+        best: tuple[jax.Array, jax.Array], start: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        values, ids = (
+            jnp.concatenate(pair, axis=1)
+            for pair in zip(best, best_of(start, chunk_size), strict=True)
+        )
+        # The lower labels come first, and `top_k` prefers the first of equal values.
+        values, order = jax.lax.top_k(values, k)
+        return (values, jnp.take_along_axis(ids, order, axis=1)), None
+
+    # The first chunk also takes the labels left over; it holds at least k.
+    starts = first + jnp.arange(whole) * chunk_size
+    best, _ = jax.lax.scan(step, best_of(0, first), starts)
+    return best

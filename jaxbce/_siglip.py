@@ -1,0 +1,118 @@
+"""The pairwise sigmoid loss of two sets of embeddings: a head whose kernel is one of them."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import ArrayLike
+
+from jaxbce import _checks, _linear, _sharding
+
+
+def siglip_loss(
+    image_embeddings: ArrayLike,
+    text_embeddings: ArrayLike,
+    log_scale: ArrayLike,
+    bias: ArrayLike,
+    *,
+    chunk_size: int | None = None,
+    mesh: Mesh | None = None,
+    axis: str | None = None,
+) -> jax.Array:
+    """The pairwise sigmoid loss of images and their texts, without the matrix of all pairs.
+
+    Use it to train two encoders so that image i matches text i and no other, with batches whose
+    [batch, batch] logits would not fit.
+
+    Formula, with z = exp(log_scale) · image[i] · text[j] + bias:
+
+      loss = 1 / batch · Σᵢ Σⱼ softplus(−z where i = j, z elsewhere)
+
+    The divisor is the number of rows, not of pairs.
+
+    Args:
+      image_embeddings: float array [batch, D], usually of unit length.
+      text_embeddings: float array [batch, D]; row i belongs to image i.
+      log_scale: number, the logarithm of the inverse temperature; the paper starts at log 10.
+      bias: number; the paper starts at −10.
+      chunk_size: number of texts at a time; None chooses.
+      mesh: devices to share the work; None uses one.
+      axis: axis of the mesh over which images and texts are sharded. Each device compares its
+        images with all texts, whose embeddings, [batch, D], are gathered.
+
+    Returns:
+      The loss, a scalar in float32 (float64 where an embedding is).
+
+    Raises:
+      TypeError: an embedding is not floating-point, or an argument is not an array or a number.
+      ValueError: a shape does not fit, the axis of the mesh does not exist or does not divide the
+        batch, or chunk_size is not valid.
+
+    Edge values: an empty batch gives 0.
+
+    Differentiable: with respect to both embeddings, log_scale and bias, each in its own dtype;
+    as `linear_bce_with_logits`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbce
+      >>> loss = jaxbce.siglip_loss(jnp.eye(2), jnp.eye(2), jnp.log(10.0), -10.0)
+      >>> print(round(float(loss), 4))
+      0.6932
+
+    Source: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training".
+    """
+    loss: jax.Array = _siglip(
+        image_embeddings,
+        text_embeddings,
+        log_scale,
+        bias,
+        chunk_size=chunk_size,
+        mesh=mesh,
+        axis=axis,
+    )
+    return loss
+
+
+@functools.partial(jax.jit, static_argnames=("chunk_size", "mesh", "axis"))
+def _siglip(
+    image_embeddings: Any,
+    text_embeddings: Any,
+    log_scale: Any,
+    bias: Any,
+    *,
+    chunk_size: int | None,
+    mesh: Mesh | None,
+    axis: str | None,
+) -> jax.Array:
+    name = "siglip_loss"
+    images = _checks.check_array(name, "image_embeddings", image_embeddings, floating=True)
+    if images.ndim != 2:
+        raise ValueError(
+            f"{name}: image_embeddings must have shape (batch, width), got {images.shape}"
+        )
+    texts = _checks.check_array(
+        name,
+        "text_embeddings",
+        text_embeddings,
+        floating=True,
+        shape=images.shape,
+        axes="(batch, width)",
+    )
+    log_scale = _checks.check_array(name, "log_scale", log_scale, shape=(), axes="()")
+    bias = _checks.check_array(name, "bias", bias, shape=(), axes="()")
+    dtype = jnp.promote_types(jnp.promote_types(images.dtype, texts.dtype), jnp.float32)
+    batch = images.shape[0]
+    how = _sharding.choose_devices(name, (batch, batch), chunk_size, mesh, {"axis": axis})
+    operands = _linear.Operands(
+        features=images.astype(dtype) * jnp.exp(log_scale.astype(dtype)),
+        kernel=texts.T,
+        bias=jnp.broadcast_to(bias.astype(dtype), batch),
+        positives=jnp.arange(batch)[:, None],
+        labels=None,
+        pos_weight=None,
+        label_smoothing=None,
+        scale=jnp.full(batch, 1 / max(batch, 1), dtype),
+    )
+    return _linear.total_loss(how, operands)

@@ -261,9 +261,13 @@ def check_array(
     return array
 
 
-def check_size(name: str, argument: str, value: Any, largest: int | None = None) -> None:
-    """A number of things, known while tracing: an int of at least 1."""
+def check_size(
+    name: str, argument: str, value: Any, largest: int | None = None, *, least: int = 1
+) -> None:
+    """A number of things, known while tracing: an int of at least `least`."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or value < 1 or (largest is not None and value > largest):
+    if not whole or value < least or (largest is not None and value > largest):
         limit = "" if largest is None else f" and at most {largest}"
-        raise ValueError(f"{name}: {argument} must be an int of at least 1{limit}, got {value!r}")
+        raise ValueError(
+            f"{name}: {argument} must be an int of at least {least}{limit}, got {value!r}"
+        )

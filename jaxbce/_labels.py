@@ -2,7 +2,6 @@
 
 import functools
 import math
-import operator
 from typing import Any
 
 import jax
@@ -47,7 +46,7 @@ def multi_hot(
 
     Source: scikit-learn's `MultiLabelBinarizer`, with a fixed number of ids per row.
     """
-    num_labels = _check_size("multi_hot", "num_labels", num_labels)
+    _checks.check_size("multi_hot", "num_labels", num_labels, least=0)
     result: jax.Array = _multi_hot_of(
         positives, name="multi_hot", num_labels=num_labels, dtype=jnp.dtype(dtype)
     )
@@ -106,15 +105,14 @@ def positives_from_multi_hot(labels: ArrayLike, max_positives: int | None = None
     """
     name = "positives_from_multi_hot"
     if max_positives is not None:
-        max_positives = _check_size(name, "max_positives", max_positives)
+        _checks.check_size(name, "max_positives", max_positives, least=0)
     elif isinstance(labels, jax.core.Tracer):
         raise ValueError(
             f"{name}: max_positives must be given where labels are traced (under jax.jit, "
             "jax.vmap, jaxbce.checked), got None; pass the largest number of positives of a row"
         )
     else:
-        _check_labels(name, labels)
-        counts = jnp.count_nonzero(jnp.asarray(labels), axis=-1)
+        counts = jnp.count_nonzero(_check_labels(name, labels), axis=-1)
         max_positives = int(counts.max(initial=0))
     result: jax.Array = _positives_of(labels, name=name, max_positives=max_positives)
     return result
@@ -259,11 +257,7 @@ def _counts(
             )
         counts = _dense_counts(labels, where, name=name)
     else:
-        if num_labels is None:
-            raise ValueError(
-                f"{name}: positives need num_labels, got None; pass the number of labels"
-            )
-        num_labels = _check_size(name, "num_labels", num_labels)
+        _checks.check_size(name, "num_labels", num_labels, least=0)
         counts = _sparse_counts(positives, where, name=name, num_labels=num_labels)
     return counts
 
@@ -313,21 +307,7 @@ def _kept_per_label(where: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array
 
 def _check_labels(name: str, labels: Any) -> jax.Array:
     """Dense labels with a label axis, in their own dtype."""
-    dtype = _checks.array_dtype(name, "labels", labels)
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(f"{name}: labels must be float, integer or bool, got {dtype}")
-    if not jnp.ndim(labels):
+    array = _checks.check_array(name, "labels", labels)
+    if not array.ndim:
         raise ValueError(f"{name}: labels must have an axis of labels, got one number")
-    return jnp.asarray(labels)
-
-
-def _check_size(name: str, argument: str, value: Any) -> int:
-    try:
-        size = operator.index(value)
-    except TypeError:
-        raise ValueError(
-            f"{name}: {argument} must be an int known before tracing, got {type(value).__name__}"
-        ) from None
-    if size < 0:
-        raise ValueError(f"{name}: {argument} must not be negative, got {size}")
-    return size
+    return array

@@ -54,3 +54,60 @@ def test_multilabel_yeast_refuses_to_resume_another_run(tmp_path):
     yeast = load("multilabel_yeast")
     with pytest.raises(SystemExit, match="No checkpoint to resume"):
         yeast.main(["--workdir", str(tmp_path / "none"), "--resume"])
+
+
+def available(packages=120):
+    """What apt-cache prints, of two kinds of packages; every source builds two."""
+    paragraphs = []
+    for i in range(packages):
+        kind, library = (("game", "libgame1 (>= 2)"), ("web server", "libweb | libother"))[
+            i % 4 // 2
+        ]
+        paragraphs.append(
+            f"Package: package{i}\nSource: source{i // 2} (1.0-{i})\nPre-Depends: base:any\n"
+            f"Depends: {library}, base\nDescription: a {kind}\n written: by hand\nSection: misc\n"
+        )
+    return "\n".join([*paragraphs, "Package: alone\nDescription: depends on nothing\n"])
+
+
+def test_debian_dependencies_are_parsed_and_split_by_source():
+    debian = load("debian_dependencies")
+    packages = debian.parse_packages(available() + "\n" + available())
+    assert len(packages) == 120
+    assert packages[0] == ("source0", ["package0", "misc", "a", "game"], ["base", "libgame1"])
+    assert packages[2].dependencies == ["base", "libweb"]
+    sources = [{p.source for p in packages if debian.is_test(p) is test} for test in (True, False)]
+    assert all(sources)
+    assert not sources[0] & sources[1]
+
+
+def test_debian_dependencies_resumes_exactly_and_predicts(tmp_path, capsys):
+    debian = load("debian_dependencies")
+    (tmp_path / "available").write_text(available())
+
+    def run(workdir, *options):
+        where = ("--workdir", str(tmp_path / workdir), "--available", str(tmp_path / "available"))
+        return debian.main([*where, *options])
+
+    whole = run("whole", "--epochs", "3")
+    run("parts", "--epochs", "1", "--no-dense")
+    resumed = run("parts", "--epochs", "3", "--no-dense", "--resume")
+    assert resumed["chunked head"] == whole["chunked head"]
+    question = ("--predict", "a web server")
+    best = run("whole", *question)
+    assert run("parts", *question) == best
+    assert {name for name, _ in best[:2]} == {"base", "libweb"}
+    assert "label frequencies" in capsys.readouterr().out
+    assert run("new", "--epochs", "3", "--no-dense", *question) == best
+
+
+def test_debian_dependencies_says_what_it_needs(tmp_path, monkeypatch):
+    debian = load("debian_dependencies")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit, match="needs the package lists of a Debian or Ubuntu machine"):
+        debian.main(["--workdir", str(tmp_path)])
+    (tmp_path / "available").write_text(available())
+    with pytest.raises(SystemExit, match="No run of these data"):
+        debian.main(
+            ["--workdir", str(tmp_path), "--available", str(tmp_path / "available"), "--resume"]
+        )

@@ -97,9 +97,9 @@ def test_positives_of_nothing(shape):
         (
             lambda: jaxbce.multi_hot(DENSE, -3),
             ValueError,
-            "num_labels must not be negative, got -3",
+            "num_labels must be an int of at least 0, got -3",
         ),
-        (lambda: jaxbce.multi_hot(DENSE, 3.0), ValueError, "num_labels must be an int.*got float"),
+        (lambda: jaxbce.multi_hot(DENSE, 3.0), ValueError, "num_labels must be an int.*got 3.0"),
         (lambda: jax.jit(jaxbce.multi_hot)(DENSE, 3), ValueError, "num_labels must be an int"),
         (
             lambda: jaxbce.positives_from_multi_hot(np.array(1)),
@@ -109,7 +109,7 @@ def test_positives_of_nothing(shape):
         (
             lambda: jaxbce.positives_from_multi_hot(DENSE, 1.5),
             ValueError,
-            "max_positives must be an int.*float",
+            "max_positives must be an int.*1.5",
         ),
         (
             lambda: jax.jit(jaxbce.positives_from_multi_hot)(DENSE),
@@ -355,7 +355,7 @@ def test_counting_ids_needs_no_dense_labels():
     [
         ({}, ValueError, "exactly one of labels and positives must be given, got neither"),
         ({"labels": DENSE, "positives": POSITIVES}, ValueError, "got labels and positives"),
-        ({"positives": POSITIVES}, ValueError, "positives need num_labels, got None"),
+        ({"positives": POSITIVES}, ValueError, "num_labels must be an int of at least 0, got None"),
         ({"labels": DENSE, "num_labels": 5}, ValueError, "num_labels goes with positives"),
         ({"labels": np.float32(1)}, ValueError, "labels must have an axis"),
         ({"labels": DENSE, "where": DENSE}, TypeError, "where must be bool"),

@@ -1,0 +1,381 @@
+"""Predicts what a Debian package depends on from its description, with `jaxbce.nnx.MultiLabelHead`.
+
+    pip install "jaxbce[examples]"
+    apt-get update                                  # as root, once
+    python examples/debian_dependencies.py          # about a minute on a 2-core CPU; --help
+    python examples/debian_dependencies.py --predict "web server written in Python"
+
+Data: the package lists of the machine, `apt-cache dumpavail`. The dependencies are the names in
+Pre-Depends and Depends, of alternatives the first; the description is name, section and the first
+line of Description. A hash of the source package puts a fifth of the sources into the test part.
+Labels are the dependencies of the training part; packages with none of them are left out.
+
+Expected on Debian 12, seed 0: 44,318 packages to train, 10,772 to test, 15,000 words, 29,921
+labels; precision at 1, 3 and 5, and what a step holds at its peak (by XLA's memory analysis):
+
+    label frequencies   0.436   0.236   0.186
+    chunked head        0.723   0.438   0.319    65 MB
+    dense optax head    0.723   0.438   0.319   200 MB, 2 to 4 times the time
+
+Width and learning rate were chosen on another split, by another byte of the hash. Writes to the
+workdir: `names.json`, the words and labels, and an Orbax checkpoint of the last epoch; `--predict`
+needs nothing else. `--resume` continues a run bit for bit.
+"""
+
+import argparse
+import collections
+import functools
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from tqdm import tqdm
+
+import jaxbce
+from jaxbce.nnx import MultiLabelHead
+
+NEEDS = (
+    "This example needs the package lists of a Debian or Ubuntu machine (run `apt-get update`), or "
+    "the output of its `apt-cache dumpavail` in a file given by --available."
+)
+VOCABULARY, TEST_PART, CUTOFFS = 15_000, 5, (1, 3, 5)
+WIDTH, BATCH, LEARNING_RATE, DECAY = 64, 256, 4e-2, 0.1
+
+
+State = dict[str, nnx.State]
+
+
+class Package(NamedTuple):
+    source: str
+    words: list[str]
+    dependencies: list[str]
+
+
+class Part(NamedTuple):
+    """Rows of ids, padded: words with the size of the vocabulary, dependencies with -1."""
+
+    words: np.ndarray
+    positives: np.ndarray
+
+
+class Data(NamedTuple):
+    words: list[str]
+    labels: list[str]
+    train: Part
+    test: Part
+
+
+def read_available(path: Path | None) -> str:
+    """What apt knows of every available package, one paragraph each."""
+    if path is not None:
+        return path.read_text()
+    if shutil.which("apt-cache") is None:
+        raise SystemExit(NEEDS)
+    command = ["apt-cache", "dumpavail"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def parse_packages(text: str) -> list[Package]:
+    """The packages that depend on something, each once."""
+    packages = {}
+    for paragraph in text.split("\n\n"):
+        # A line that starts with a space continues the field above: none that is read here.
+        lines = (line.split(": ", 1) for line in paragraph.split("\n") if ": " in line)
+        fields = {key: value for key, value in lines if not key.startswith(" ")}
+        relations = f"{fields.get('Pre-Depends', '')},{fields.get('Depends', '')}"
+        dependencies = parse_dependencies(relations)
+        if "Package" not in fields or not dependencies:
+            continue
+        name = fields["Package"]
+        source = fields.get("Source", name).split(" ")[0]
+        description = fields.get("Description", fields.get("Description-en", ""))
+        text_of = " ".join((name, fields.get("Section", ""), description))
+        packages.setdefault(name, Package(source, split_words(text_of), dependencies))
+    return list(packages.values())
+
+
+def parse_dependencies(relations: str) -> list[str]:
+    """Names in a list such as "libc6 (>= 2.34), python3:any, exim4 | mail-transport-agent"."""
+    first_choices = (relation.split("|")[0] for relation in relations.split(","))
+    names = (re.split(r"[\s:(\[]", choice.strip(), maxsplit=1)[0] for choice in first_choices)
+    return list(dict.fromkeys(name for name in names if name))
+
+
+def split_words(text: str) -> list[str]:
+    """Each word once."""
+    return list(dict.fromkeys(re.findall(r"[a-z0-9+#]+", text.lower())))
+
+
+def is_test(package: Package) -> bool:
+    """By the source package, so that no source is in both parts."""
+    return hashlib.sha256(package.source.encode()).digest()[0] % TEST_PART == 0
+
+
+def load(text: str) -> Data:
+    """Splits; numbers the words and labels of the training part, the most frequent first."""
+    packages = parse_packages(text)
+    train = [package for package in packages if not is_test(package)]
+    test = [package for package in packages if is_test(package)]
+    if not train or not test:
+        raise SystemExit(NEEDS)
+    words = most_frequent(package.words for package in train)[:VOCABULARY]
+    labels = most_frequent(package.dependencies for package in train)
+    return Data(words, labels, encode(train, words, labels), encode(test, words, labels))
+
+
+def most_frequent(lists: Iterable[list[str]]) -> list[str]:
+    return [item for item, _ in collections.Counter(i for row in lists for i in row).most_common()]
+
+
+def encode(packages: list[Package], words: list[str], labels: list[str]) -> Part:
+    """Ids; packages left without a label are left out."""
+    label_ids = pad([package.dependencies for package in packages], labels, fill=-1)
+    word_ids = pad([package.words for package in packages], words, fill=len(words))
+    labelled = (label_ids >= 0).any(axis=1)
+    return Part(word_ids[labelled], label_ids[labelled])
+
+
+def pad(rows: list[list[str]], names: list[str], fill: int) -> np.ndarray:
+    """The numbers of the names in each row, as an int32 array as wide as the longest row."""
+    number = {name: i for i, name in enumerate(names)}
+    numbered = [[number[name] for name in row if name in number] for row in rows]
+    table = np.full((len(rows), max(map(len, numbered))), fill, np.int32)
+    for row, ids in zip(table, numbered, strict=True):
+        row[: len(ids)] = ids
+    return table
+
+
+class Classifier(nnx.Module):
+    """The sum of the word vectors, weighted by rarity and scaled to unit weight; then the head."""
+
+    def __init__(self, num_words: int, num_labels: int, rngs: nnx.Rngs) -> None:
+        self.vectors = nnx.Param(jax.random.normal(rngs.params(), (num_words + 1, WIDTH)))
+        self.rarity = nnx.Variable(jnp.zeros(num_words + 1))
+        self.head = MultiLabelHead(WIDTH, num_labels, rngs=rngs)
+
+    def fit_frequencies(self, part: Part) -> None:
+        """The rarity of a word is log(packages / packages with it); that of the padding is 0."""
+        counts = np.bincount(part.words.ravel(), minlength=len(self.rarity)).clip(1)
+        counts[-1] = len(part.words)
+        self.rarity[...] = jnp.asarray(np.log(len(part.words) / counts), jnp.float32)
+        num_labels = self.head.num_labels
+        self.head.bias[...] = jaxbce.prior_bias(positives=part.positives, num_labels=num_labels)
+
+    def __call__(self, words: jax.Array) -> jax.Array:
+        weights = self.rarity[...][words]
+        total = jnp.einsum("bw,bwd->bd", weights, self.vectors[...][words])
+        return total / jnp.maximum(jnp.linalg.norm(weights, axis=1, keepdims=True), 1e-6)
+
+
+def chunked_loss(model: Classifier, words: jax.Array, positives: jax.Array) -> jax.Array:
+    return model.head.loss(model(words), positives=positives, reduction="batchmean")
+
+
+def dense_loss(model: Classifier, words: jax.Array, positives: jax.Array) -> jax.Array:
+    """The same number from optax, which needs dense logits and labels."""
+    labels = jaxbce.multi_hot(positives, model.head.num_labels)
+    losses = optax.sigmoid_binary_cross_entropy(model.head(model(words)), labels)
+    return losses.sum(axis=-1).mean()
+
+
+@nnx.jit(static_argnames="k")
+def top_labels(model: Classifier, words: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k likeliest dependencies: probabilities and labels."""
+    logits, labels = model.head.top_k(model(words), k)
+    return nnx.sigmoid(logits), labels
+
+
+class Trainer:
+    """A model and its optimizer, trained with one of the two losses."""
+
+    def __init__(self, data: Data, seed: int, loss: Any) -> None:
+        self.data = data
+        self.seed = seed
+        self.batch = min(BATCH, len(data.train.words))
+        self.steps = len(data.train.words) // self.batch
+        self.model = Classifier(len(data.words), len(data.labels), nnx.Rngs(seed))
+        self.model.fit_frequencies(data.train)
+        # Whatever the number of epochs, so that a resumed run is the same run.
+        rate = optax.exponential_decay(LEARNING_RATE, self.steps, DECAY)
+        self.optimizer = nnx.Optimizer(self.model, optax.adam(rate), wrt=nnx.Param)
+        model_graph, optimizer_graph = nnx.graphdef(self.model), nnx.graphdef(self.optimizer)
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def step(state: State, words: jax.Array, positives: jax.Array) -> tuple[State, jax.Array]:
+            model = nnx.merge(model_graph, state["model"])
+            optimizer = nnx.merge(optimizer_graph, state["optimizer"])
+            value, gradients = nnx.value_and_grad(loss)(model, words, positives)
+            optimizer.update(model, gradients)
+            return {"model": nnx.state(model), "optimizer": nnx.state(optimizer)}, value
+
+        example = (part[: self.batch] for part in data.train)
+        self.step = step.lower(self.state(), *example).compile()
+        self.seconds = 0.0
+
+    def state(self) -> State:
+        return {"model": nnx.state(self.model), "optimizer": nnx.state(self.optimizer)}
+
+    def set_state(self, state: State) -> None:
+        nnx.update(self.model, state["model"])
+        nnx.update(self.optimizer, state["optimizer"])
+
+    def megabytes(self) -> float:
+        """What a step holds at its peak, state and batch included, according to the compiler."""
+        memory = self.step.memory_analysis()
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        return (held + memory.temp_size_in_bytes - memory.alias_size_in_bytes) / 1e6
+
+    def train_epoch(self, epoch: int, title: str) -> float:
+        """Trains one epoch, in an order that only seed and epoch decide; returns its mean loss."""
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.data.train.words))
+        starts = tqdm(range(0, self.steps * self.batch, self.batch), title, disable=None)
+        started, state, losses = time.perf_counter(), self.state(), []
+        for start in starts:
+            rows = order[start : start + self.batch]
+            state, loss = self.step(state, *(part[rows] for part in self.data.train))
+            losses.append(loss)
+        mean = float(jnp.stack(losses).mean())
+        self.seconds += time.perf_counter() - started
+        self.set_state(state)
+        if starts.disable:
+            print(f"{title}: loss {mean:.3f}", flush=True)
+        return mean
+
+    def best_labels(self, words: np.ndarray) -> np.ndarray:
+        """The max(CUTOFFS) likeliest labels of each row."""
+        k = min(max(CUTOFFS), len(self.data.labels))
+        parts = (words[start : start + 1024] for start in range(0, len(words), 1024))
+        return np.concatenate([top_labels(self.model, part, k)[1] for part in parts])
+
+
+def precisions(best: np.ndarray, positives: np.ndarray) -> list[float]:
+    """Of the first 1, 3, 5 columns of `best`, the share that is right."""
+    hits = (best[:, :, None] == positives[:, None, :]).any(axis=-1)
+    return [float(hits[:, :k].mean()) for k in CUTOFFS]
+
+
+def open_checkpoints(workdir: Path) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=1)
+    return ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
+
+
+def restore(checkpoints: ocp.CheckpointManager, target: State) -> State:
+    """The parts named in `target`, from the last checkpoint."""
+    parts = {name: ocp.args.StandardRestore(part) for name, part in target.items()}
+    restored = checkpoints.restore(checkpoints.latest_step(), args=ocp.args.Composite(**parts))
+    return {name: restored[name] for name in target}
+
+
+def train(data: Data, args: argparse.Namespace) -> Trainer:
+    """Trains the chunked head up to args.epochs; saves names once and the state every epoch."""
+    names = {"seed": args.seed, "words": data.words, "labels": data.labels}
+    names_path = args.workdir / "names.json"
+    if not args.resume:
+        shutil.rmtree(args.workdir / "checkpoints", ignore_errors=True)
+    trainer = Trainer(data, args.seed, chunked_loss)
+    with open_checkpoints(args.workdir) as checkpoints:
+        done = checkpoints.latest_step() or 0
+        if args.resume:
+            if not done or json.loads(names_path.read_text()) != names:
+                raise SystemExit(f"No run of these data and this seed to resume in {args.workdir}.")
+            trainer.set_state(restore(checkpoints, trainer.state()))
+        names_path.write_text(json.dumps(names))
+        for epoch in range(done + 1, args.epochs + 1):
+            trainer.train_epoch(epoch, f"chunked head, epoch {epoch}/{args.epochs}")
+            parts = {name: ocp.args.StandardSave(part) for name, part in trainer.state().items()}
+            checkpoints.save(epoch, args=ocp.args.Composite(**parts))
+    return trainer
+
+
+def compare(data: Data, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Trains, prints the table and returns its precisions."""
+    sizes = (len(data.train.words), len(data.test.words), len(data.words), len(data.labels))
+    print(
+        "{:,} packages to train, {:,} to test, {:,} words, {:,} labels".format(*sizes), flush=True
+    )
+    trainers = {"chunked head": train(data, args)}
+    if args.dense:
+        dense = trainers["dense optax head"] = Trainer(data, args.seed, dense_loss)
+        for epoch in range(1, args.epochs + 1):
+            dense.train_epoch(epoch, f"dense head, epoch {epoch}/{args.epochs}")
+    frequent = np.arange(max(CUTOFFS))[None]  # labels are numbered by their frequency
+    rows = {"label frequencies": (precisions(frequent, data.test.positives), "")}
+    for name, trainer in trainers.items():
+        cost = f"{trainer.seconds:>10.1f} s {trainer.megabytes():>10.0f} MB"
+        best = trainer.best_labels(data.test.words)
+        rows[name] = (precisions(best, data.test.positives), cost)
+    print(f"{'test part':<20}{'P@1':>8}{'P@3':>8}{'P@5':>8}{'training':>12}{'peak of a step':>17}")
+    for name, (values, cost) in rows.items():
+        print(f"{name:<20}" + "".join(f"{value:>8.4f}" for value in values) + cost)
+    return {name: values for name, (values, _) in rows.items()}
+
+
+def predict(description: str, workdir: Path) -> list[tuple[str, float]]:
+    """Prints and returns the ten likeliest dependencies, by the checkpoint in workdir."""
+    names = json.loads((workdir / "names.json").read_text())
+    words, labels = names["words"], names["labels"]
+    known = pad([split_words(description)], words, fill=len(words))
+    if not known.size:
+        raise SystemExit(f"No word of {description!r} is in the vocabulary.")
+    model = Classifier(len(words), len(labels), nnx.Rngs(0))
+    with open_checkpoints(workdir) as checkpoints:
+        nnx.update(model, restore(checkpoints, {"model": nnx.state(model)})["model"])
+    probabilities, ids = top_labels(model, known, min(10, len(labels)))
+    best = [(labels[i], float(p)) for i, p in zip(ids[0], probabilities[0], strict=True)]
+    for name, probability in best:
+        print(f"{probability:>8.1%}  {name}")
+    return best
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Learns a Debian package's dependencies from its description.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--epochs", type=int, default=1, help="epochs in total, with those already done")
+    add("--seed", type=int, default=0, help="decides weights and batches")
+    workdir = "where the run is written; without --resume, a run that is there is overwritten"
+    add("--workdir", type=Path, default=Path("runs/debian"), help=workdir)
+    again = "continue the run in workdir, exactly as if it had never stopped"
+    add("--resume", action="store_true", help=again)
+    file = "the output of `apt-cache dumpavail` in a file, instead of running it"
+    add("--available", type=Path, metavar="FILE", help=file)
+    dense = "also train the same model with a dense optax head"
+    add("--dense", action=argparse.BooleanOptionalAction, default=True, help=dense)
+    ask = "print ten dependencies by the run in workdir, which is trained if there is none"
+    add("--predict", metavar="DESCRIPTION", help=ask)
+    args = parser.parse_args(argv)
+    if args.epochs < 1 or args.seed < 0:
+        parser.error("--epochs must be at least 1 and --seed at least 0")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> Any:
+    """Runs the program; returns what it predicts, or the precisions of the table."""
+    args = parse_arguments(argv)
+    started = time.perf_counter()
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    with open_checkpoints(args.workdir) as checkpoints:
+        trained = checkpoints.latest_step() is not None
+    result = None
+    if args.predict is None or not trained:
+        result = compare(load(read_available(args.available)), args)
+        print(f"{time.perf_counter() - started:.1f} s; see {args.workdir}")
+    return result if args.predict is None else predict(args.predict, args.workdir)
+
+
+if __name__ == "__main__":
+    main()

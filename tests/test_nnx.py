@@ -1,0 +1,168 @@
+"""`jaxbce.nnx.MultiLabelHead`: a linear layer whose loss and top labels hold no logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxbce
+from jaxbce.nnx import MultiLabelHead
+
+WIDTH, LABELS, BATCH = 8, 37, 6
+POSITIVES = np.random.default_rng(1).integers(-1, LABELS, (BATCH, 3))
+
+
+def make(**options):
+    return MultiLabelHead(WIDTH, LABELS, rngs=nnx.Rngs(0), **options)
+
+
+def features(*lead):
+    return jax.random.normal(jax.random.key(2), (*(lead or (BATCH,)), WIDTH))
+
+
+OPTIONS = {
+    "plain": {},
+    "weight": {"weight": jnp.arange(BATCH, dtype=jnp.float32)},
+    "pos_weight": {"pos_weight": jnp.linspace(0, 3, LABELS)},
+    "label_smoothing": {"label_smoothing": 0.1},
+    "sum": {"reduction": "sum"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("form", ["positives", "labels"])
+def test_loss_and_gradient_equal_those_of_the_logits(form, options):
+    head = make(chunk_size=5, prior=0.1)
+    labels = jaxbce.multi_hot(POSITIVES, LABELS)
+    targets = {form: POSITIVES if form == "positives" else labels}
+
+    def dense(head, x):
+        weight = options.get("weight")
+        by_row = {} if weight is None else {"weight": weight[:, None]}
+        return jaxbce.bce_with_logits(head(x), labels, **{**options, **by_row})
+
+    def chunked(head, x):
+        return head.loss(x, **targets, **options)
+
+    expected, got = (
+        nnx.jit(nnx.value_and_grad(loss, argnums=(0, 1)))(head, features())
+        for loss in (dense, chunked)
+    )
+    for got_leaf, leaf in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got_leaf, leaf, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("lead", "k"), [((), 4), ((3,), LABELS), ((2, 3), 1)], ids=str)
+def test_top_k_equals_that_of_the_logits(lead, k):
+    head = make(chunk_size=10)
+    x = features(*lead) if lead else features()[0]
+    values, labels = nnx.jit(lambda head, x: head.top_k(x, k))(head, x)
+    expected_values, expected_labels = jax.lax.top_k(head(x), k)
+    np.testing.assert_allclose(values, expected_values, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(labels, expected_labels)
+
+
+def test_logits_are_those_of_a_linear_layer():
+    head, linear = make(), nnx.Linear(WIDTH, LABELS, rngs=nnx.Rngs(0))
+    assert {name: leaf.shape for name, leaf in nnx.state(head).items()} == {
+        name: leaf.shape for name, leaf in nnx.state(linear).items()
+    }
+    linear.kernel[...] = head.kernel[...]
+    with jax.numpy_rank_promotion("allow"):
+        np.testing.assert_allclose(head(features()), linear(features()), rtol=1e-5, atol=1e-6)
+
+
+def test_train_step():
+    head = make(prior=0.1)
+    optimizer = nnx.Optimizer(head, optax.adam(1e-1), wrt=nnx.Param)
+
+    @nnx.jit
+    def train_step(head, optimizer):
+        loss, grads = nnx.value_and_grad(lambda head: head.loss(features(), positives=POSITIVES))(
+            head
+        )
+        optimizer.update(head, grads)
+        return loss
+
+    with jax.numpy_dtype_promotion("standard"):
+        losses = [float(train_step(head, optimizer)) for _ in range(40)]
+    assert losses[-1] < 0.2 * losses[0]
+    _, best = head.top_k(features(), 1)
+    assert all(label in row for (label,), row in zip(best, POSITIVES, strict=True))
+
+
+@pytest.mark.parametrize(
+    "prior",
+    [0.01, np.linspace(1e-6, 0.9, LABELS)],
+    ids=["one number", "per label"],
+)
+def test_zero_features_predict_the_prior(prior):
+    logits = make(prior=prior)(jnp.zeros((1, WIDTH)))
+    np.testing.assert_allclose(jax.nn.sigmoid(logits)[0], np.full(LABELS, prior), rtol=1e-5)
+
+
+def test_prior_from_counts():
+    bias = jaxbce.prior_bias(positives=POSITIVES, num_labels=LABELS)
+    np.testing.assert_allclose(make(prior=jax.nn.sigmoid(bias)).bias[...], bias, rtol=1e-5)
+
+
+def test_without_bias():
+    head = make(use_bias=False)
+    assert list(nnx.state(head)) == ["kernel"]
+    expected = jaxbce.bce_with_logits(head(features()), jaxbce.multi_hot(POSITIVES, LABELS))
+    np.testing.assert_allclose(head.loss(features(), positives=POSITIVES), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"], ids=str)
+@jax.numpy_dtype_promotion("standard")
+def test_dtypes(dtype, param_dtype):
+    """Parameters and their gradients in param_dtype; logits and loss in float32."""
+    head = make(dtype=dtype, param_dtype=param_dtype, prior=0.1)
+    x = features().astype(param_dtype)
+    loss, grads = nnx.value_and_grad(lambda head: head.loss(x, positives=POSITIVES))(head)
+    assert {leaf.dtype for leaf in jax.tree.leaves((nnx.state(head), grads))} == {
+        jnp.dtype(param_dtype)
+    }
+    assert loss.dtype == head(x).dtype == head.top_k(x, 2)[0].dtype == jnp.float32
+    low = "bfloat16" in (dtype, param_dtype)
+    exact = make(prior=0.1).loss(features(), positives=POSITIVES)
+    np.testing.assert_allclose(loss, exact, rtol=2e-2 if low else 1e-6)
+    expected = jaxbce.bce_with_logits(head(x), jaxbce.multi_hot(POSITIVES, LABELS))
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
+def test_abstract_and_jitted_creation():
+    shapes = nnx.eval_shape(lambda: make(prior=0.1))
+    assert shapes.kernel.shape == (WIDTH, LABELS)
+    np.testing.assert_allclose(nnx.jit(make)().kernel[...], make().kernel[...], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: make(prior=0.5, use_bias=False), "prior sets the bias, got use_bias=False"),
+        (lambda: make(prior=np.zeros(3)), r"shape \(37,\), got \(3,\)"),
+        (lambda: make(prior=0.0), r"prior must be in \(0, 1\), got 0.0 .*prior_bias"),
+        (lambda: make(prior=np.full(LABELS, 1.0)), r"prior must be in \(0, 1\), got 1.0"),
+        (lambda: make(prior=float("nan")), r"prior must be in \(0, 1\), got nan"),
+        (lambda: make()(np.zeros((2, 3))), r"features must have shape \(..., 8\), got \(2, 3\)"),
+        (lambda: make().loss(features()), "exactly one of positives and labels"),
+        (lambda: make().top_k(features(), 38), "k must be .* at most 37"),
+    ],
+    ids=[
+        "prior without bias",
+        "shape of prior",
+        "prior 0",
+        "prior 1",
+        "prior NaN",
+        "width",
+        "no labels",
+        "k",
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

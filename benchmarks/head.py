@@ -4,7 +4,7 @@
 
     python benchmarks/head.py [chunks]
 
-Every variant runs in turn, and the ratio is that of the medians. `chunks` measures the second claim.
+Every variant runs in turn, and the ratio is that of the medians. `chunks` measures the last claim.
 """
 
 import statistics
@@ -20,7 +20,13 @@ import jaxbce
 from jaxbce import _linear
 
 ROUNDS = 15
-SHAPES = [(256, 128, 131_072), (32, 256, 65_536), (1024, 64, 32_768), (64, 64, 4_096), (256, 64, 512)]
+SHAPES = [
+    (256, 128, 131_072),
+    (32, 256, 65_536),
+    (1024, 64, 32_768),
+    (64, 64, 4_096),
+    (256, 64, 512),
+]
 CHUNKS = [512, 1024, 2048, 4096, 8192, 16_384, 32_768]
 
 

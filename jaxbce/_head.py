@@ -203,10 +203,11 @@ def _prepare_targets(
     labels = _checks.check_array(
         name, "labels", labels, shape=(*lead, num_labels), axes="(..., labels)"
     ).reshape(batch, num_labels)
-    ok = (labels >= 0) & (labels <= 1)
+    values = labels.astype(jnp.float32)
+    ok = (values >= 0) & (values <= 1)
     if weight is not None:
         ok = ok | (weight == 0)[:, None]
-    _checks.check_values(name, "labels", labels, ok, "in [0, 1]")
+    _checks.check_values(name, "labels", values, ok, "in [0, 1]")
     return None, labels
 
 

@@ -8,15 +8,18 @@
 """
 
 from jaxbce._checks import checked
+from jaxbce._focal import asymmetric_loss, sigmoid_focal_loss
 from jaxbce._losses import bce, bce_with_logits, sigmoid_binary_cross_entropy
 from jaxbce._module import BCEWithLogitsLoss
 
 __all__ = [
     "BCEWithLogitsLoss",
+    "asymmetric_loss",
     "bce",
     "bce_with_logits",
     "checked",
     "sigmoid_binary_cross_entropy",
+    "sigmoid_focal_loss",
 ]
 
 __version__ = "0.1.0"

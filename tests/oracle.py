@@ -40,6 +40,44 @@ def bce(p, y):
     return -(y * log_p + (1 - y) * log_1mp), (p - y) / np.maximum(p * (1 - p), 1e-12)
 
 
+def focal(x, y, gamma, alpha=None):
+    """(value, derivative with respect to x); m = 1 - p_t, and slope is that of log m"""
+    p, q = sigmoid(x), sigmoid(-x)
+    balance = 1.0 if alpha is None else y * alpha + (1 - y) * (1 - alpha)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_m = np.select(
+            [y == 0, y == 1], [-softplus(-x), -softplus(x)], np.log(y * q + p - y * p)
+        )
+        slope = np.select([y == 0, y == 1], [q, -p], (1 - 2 * y) * p * q / np.exp(log_m))
+    value, derivative = bce_with_logits(x, y)
+    factor = balance * np.exp(gamma * log_m)
+    return factor * value, factor * (gamma * slope * value + derivative)
+
+
+def asymmetric(x, y, gamma_neg=4.0, gamma_pos=1.0, clip=0.05, stop=False, at=None):
+    """(value, derivative with respect to x), with the focusing weights computed at `at`, or x"""
+
+    def parts(x):
+        p, q = sigmoid(x), sigmoid(-x)
+        m = np.maximum(p - clip, 0) if clip else p
+        above = m > 0
+        with np.errstate(divide="ignore", invalid="ignore"):
+            power = np.where(above, m**gamma_neg, 0) if clip else np.exp(-gamma_neg * softplus(-x))
+            slope = np.where(above, p * q / m, 0) if clip else q  # of log m
+            loss = np.where(above, -np.log1p(-m), 0) if clip else softplus(x)
+            loss_slope = np.where(above, p * (q / (q + clip) if clip else 1), 0)
+        return np.exp(-gamma_pos * softplus(x)), -p, power, slope, loss, loss_slope
+
+    weight_pos, slope_pos, weight_neg, slope_neg, _, _ = parts(x if at is None else at)
+    negative, negative_slope = parts(x)[-2:]
+    positive, positive_slope = softplus(-x), -sigmoid(-x)
+    if not stop:
+        positive_slope = positive_slope + gamma_pos * slope_pos * positive
+        negative_slope = negative_slope + gamma_neg * slope_neg * negative
+    value = y * weight_pos * positive + (1 - y) * weight_neg * negative
+    return value, y * weight_pos * positive_slope + (1 - y) * weight_neg * negative_slope
+
+
 def ulp_error(got, expected, flushed=1.0):
     """|got - expected| in units in the last place of the dtype of `got` at `expected` (float64).
 

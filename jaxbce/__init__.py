@@ -9,17 +9,28 @@
 
 from jaxbce._checks import checked
 from jaxbce._focal import asymmetric_loss, sigmoid_focal_loss
-from jaxbce._losses import bce, bce_with_logits, sigmoid_binary_cross_entropy
+from jaxbce._labels import balanced_pos_weight, multi_hot, positives_from_multi_hot, prior_bias
+from jaxbce._losses import (
+    bce,
+    bce_with_logits,
+    sigmoid_binary_cross_entropy,
+    sparse_bce_with_logits,
+)
 from jaxbce._module import BCEWithLogitsLoss
 
 __all__ = [
     "BCEWithLogitsLoss",
     "asymmetric_loss",
+    "balanced_pos_weight",
     "bce",
     "bce_with_logits",
     "checked",
+    "multi_hot",
+    "positives_from_multi_hot",
+    "prior_bias",
     "sigmoid_binary_cross_entropy",
     "sigmoid_focal_loss",
+    "sparse_bce_with_logits",
 ]
 
 __version__ = "0.1.0"

@@ -26,7 +26,7 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
     under `jax.jit` or `jax.vmap`. Without it no check is traced and none costs anything.
 
     What is checked: kept labels and probabilities lie in [0, 1] and are not NaN; `label_smoothing`
-    lies in [0, 1].
+    lies in [0, 1]; positives are label ids, or -1 for padding, and fit into `max_positives`.
 
     Args:
       fn: a function of arrays, or pytrees of arrays, that returns the same.
@@ -97,24 +97,30 @@ class Arguments:
             )
         return labels
 
+    def positives(self, values: Any) -> jax.Array:
+        """Label ids, as `check_positives` returns them, with the leading axes of the scores."""
+        if not self.shape:
+            raise ValueError(f"{self.name}: {self.scores_name} must have an axis of labels, got ()")
+        ids = check_positives(self.name, values, self.shape[-1])
+        if ids.shape[:-1] != self.shape[:-1]:
+            raise ValueError(
+                f"{self.name}: positives must have the leading axes of {self.scores_name}, got "
+                f"positives {ids.shape} and {self.scores_name} {self.shape}; one positive per row "
+                "of a (batch, labels) array is positives[:, None]"
+            )
+        return ids
+
     def broadcast(self, argument: str, values: Any) -> jax.Array | None:
         """An optional argument, broadcast to the shape of the scores."""
         if values is None:
             return None
         values = self._real(argument, values)
-        self._check_broadcasts(argument, values.shape)
+        check_broadcasts(self.name, argument, values.shape, self.scores_name, self.shape)
         return jnp.broadcast_to(values, self.shape)
 
     def mask(self, where: Any) -> jax.Array | None:
         """An optional mask, in its own shape but with the rank of the scores."""
-        if where is None:
-            return None
-        dtype = self._dtype("where", where)
-        if dtype != jnp.bool_:
-            raise TypeError(f"{self.name}: where must be bool, got {dtype}; write where != 0")
-        where = jnp.asarray(where)
-        self._check_broadcasts("where", where.shape)
-        return jnp.expand_dims(where, range(len(self.shape) - where.ndim))
+        return check_mask(self.name, where, self.scores_name, self.shape)
 
     def number(self, argument: str, value: Any) -> jax.Array:
         number = self._real(argument, value)
@@ -128,26 +134,10 @@ class Arguments:
         self, argument: str, values: jax.Array, keep: jax.Array | None = None
     ) -> None:
         """Under `checked`, every kept element of `values` must lie in [0, 1]."""
-        if not _value_checks.value or not values.size:
-            return
-        bad = ~((values >= 0) & (values <= 1))
+        ok = (values >= 0) & (values <= 1)
         if keep is not None:
-            bad = bad & keep
-        offending = jnp.ravel(values)[jnp.argmax(bad)]
-        message = f"{self.name}: {argument} must be in [0, 1], got {{value}}"
-        checkify.check(~jnp.any(bad), message, value=offending)
-
-    def _check_broadcasts(self, argument: str, shape: tuple[int, ...]) -> None:
-        try:
-            fits = np.broadcast_shapes(shape, self.shape) == self.shape
-        except ValueError:
-            fits = False
-        if not fits:
-            raise ValueError(
-                f"{self.name}: {argument} of shape {shape} does not broadcast to "
-                f"{self.scores_name} of shape {self.shape}; one value per row of a "
-                f"(batch, labels) array is {argument}[:, None]"
-            )
+            ok |= ~keep
+        check_values(self.name, argument, values, ok, "in [0, 1]")
 
     def _real(self, argument: str, values: Any) -> jax.Array:
         dtype = self._dtype(argument, values)
@@ -156,12 +146,82 @@ class Arguments:
         return jnp.asarray(values).astype(self.dtype)
 
     def _dtype(self, argument: str, values: Any) -> np.dtype:
-        if not isinstance(values, ARRAY_TYPES):
-            raise TypeError(
-                f"{self.name}: {argument} must be an array or a number, got "
-                f"{type(values).__name__}; wrap it in jax.numpy.asarray"
-            )
-        return np.dtype(jnp.result_type(values))
+        return array_dtype(self.name, argument, values)
+
+
+def array_dtype(name: str, argument: str, values: Any) -> np.dtype:
+    """The dtype of an argument that must be an array or a number."""
+    if not isinstance(values, ARRAY_TYPES):
+        raise TypeError(
+            f"{name}: {argument} must be an array or a number, got "
+            f"{type(values).__name__}; wrap it in jax.numpy.asarray"
+        )
+    return np.dtype(jnp.result_type(values))
+
+
+def check_broadcasts(
+    name: str, argument: str, shape: tuple[int, ...], against: str, target: tuple[int, ...]
+) -> None:
+    """`shape` must broadcast to the `target` shape of the argument `against`."""
+    try:
+        fits = np.broadcast_shapes(shape, target) == target
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{name}: {argument} of shape {shape} does not broadcast to {against} of shape "
+            f"{target}; one value per row of a (batch, labels) array is {argument}[:, None]"
+        )
+
+
+def check_mask(name: str, where: Any, against: str, target: tuple[int, ...]) -> jax.Array | None:
+    """An optional mask, in its own shape but with the rank of the `target` shape."""
+    if where is None:
+        return None
+    dtype = array_dtype(name, "where", where)
+    if dtype != jnp.bool_:
+        raise TypeError(f"{name}: where must be bool, got {dtype}; write where != 0")
+    where = jnp.asarray(where)
+    check_broadcasts(name, "where", where.shape, against, target)
+    return jnp.expand_dims(where, range(len(target) - where.ndim))
+
+
+def check_one_of(name: str, **arguments: Any) -> None:
+    """Exactly one of the arguments must be given."""
+    given = [argument for argument, value in arguments.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(
+            f"{name}: exactly one of {' and '.join(arguments)} must be given, got "
+            f"{' and '.join(given) or 'neither'}"
+        )
+
+
+def check_values(name: str, argument: str, values: jax.Array, ok: jax.Array, rule: str) -> None:
+    """Under `checked`, `ok` must hold for every element of `values`."""
+    if not _value_checks.value or not values.size:
+        return
+    offending = jnp.ravel(values)[jnp.argmin(ok)]
+    message = f"{name}: {argument} must be {rule}, got {{value}}"
+    checkify.check(jnp.all(ok), message, value=offending)
+
+
+def check_positives(name: str, positives: Any, num_labels: int) -> jax.Array:
+    """Label ids as int32, every one outside [0, num_labels) replaced by num_labels."""
+    dtype = array_dtype(name, "positives", positives)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(
+            f"{name}: positives must be integer label ids, got {dtype}; for a multi-hot array use "
+            "jaxbce.positives_from_multi_hot"
+        )
+    if not jnp.ndim(positives):
+        raise ValueError(f"{name}: positives must have an axis of label ids, got one number")
+    ids = jnp.asarray(positives)
+    if dtype.itemsize < 4:
+        ids = ids.astype(jnp.int32)  # so that num_labels fits; a wide id is narrowed only below
+    inside = (ids >= 0) & (ids < num_labels)
+    ok = inside if jnp.issubdtype(ids.dtype, jnp.unsignedinteger) else inside | (ids == -1)
+    check_values(name, "positives", ids, ok, f"in [0, {num_labels}), or -1 for padding")
+    return jnp.where(inside, ids, num_labels).astype(jnp.int32)
 
 
 def check_fraction(name: str, argument: str, value: Any) -> None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxbce import _checks, _kernels, _reduce
+from jaxbce import _checks, _kernels, _labels, _reduce
 
 
 def bce_with_logits(
@@ -140,6 +140,69 @@ def sigmoid_binary_cross_entropy(
     )
 
 
+def sparse_bce_with_logits(
+    logits: ArrayLike,
+    positives: ArrayLike,
+    *,
+    weight: ArrayLike | None = None,
+    pos_weight: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    where: ArrayLike | None = None,
+    reduction: str = "mean",
+) -> jax.Array:
+    """`bce_with_logits` with the labels given as the ids of the positives.
+
+    Use it when each row has few positives among many labels and the logits are there anyway: a row
+    of labels costs P ids instead of L numbers to store, to load and to move to the device. Where
+    the logits themselves are too large, use `linear_bce_with_logits`.
+
+    Formula: bce_with_logits(logits, multi_hot(positives, L)), exactly.
+
+    Args:
+      logits: float array [..., L].
+      positives: integer array [..., P] of label ids, padded with -1, with the leading axes of
+        logits; P may be 0.
+      weight: real array that broadcasts to the shape of logits; None is 1. One value per row of a
+        (batch, labels) array is `weight[:, None]`.
+      pos_weight: real array that broadcasts to the shape of logits, usually (labels,); None is 1.
+      label_smoothing: number a in [0, 1]; labels become y (1 − a) + a / 2.
+      where: bool array that broadcasts to the shape of logits; None keeps everything.
+      reduction: "mean", "sum", "batchmean" or "none", as for `bce_with_logits`.
+
+    Returns:
+      The loss in float32 (float64 for float64 logits): a scalar, or for "none" an array of the
+      shape of logits. It makes the multi-hot labels in bfloat16: 2 L bytes per row.
+
+    Raises:
+      TypeError: logits are not floating-point, positives not integer, where not bool.
+      ValueError: positives have other leading axes than logits; otherwise as `bce_with_logits`.
+
+    Edge values: any id outside [0, L) is padding, duplicates count once. Under `checked` an id
+    outside [0, L) other than -1 is an error. Otherwise as `bce_with_logits`.
+
+    Differentiable: with respect to logits, weight and pos_weight, as `bce_with_logits`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbce
+      >>> logits, positives = jnp.array([[2.0, -1.0, 0.5]]), jnp.array([[0, 2, -1]])
+      >>> print(round(float(jaxbce.sparse_bce_with_logits(logits, positives)), 4))
+      0.3048
+
+    Source: PyTorch's `MultiLabelSoftMarginLoss` with the labels of its `MultiLabelMarginLoss`.
+    """
+    return evaluate(
+        "sparse_bce_with_logits",
+        _kernels.bce_with_logits,
+        (logits, positives),
+        {"pos_weight": pos_weight},
+        weight,
+        label_smoothing,
+        where,
+        reduction,
+        sparse=True,
+    )
+
+
 def bce(
     probs: ArrayLike,
     labels: ArrayLike,
@@ -203,6 +266,7 @@ def evaluate(
     label_smoothing: ArrayLike,
     where: ArrayLike | None,
     reduction: str,
+    sparse: bool = False,
 ) -> jax.Array:
     """Checks what does not need an array, then makes one cached, compiled call."""
     _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
@@ -217,11 +281,12 @@ def evaluate(
         name=name,
         kernel=kernel,
         reduction=reduction,
+        sparse=sparse,
     )
     return loss
 
 
-@functools.partial(jax.jit, static_argnames=("name", "kernel", "reduction"))
+@functools.partial(jax.jit, static_argnames=("name", "kernel", "reduction", "sparse"))
 def evaluate_arrays(
     scores: Any,
     labels: Any,
@@ -233,9 +298,14 @@ def evaluate_arrays(
     name: str,
     kernel: _kernels.Kernel,
     reduction: str,
+    sparse: bool,
 ) -> jax.Array:
     check = _checks.Arguments(name, "probs" if kernel is _kernels.bce else "logits", scores)
     x = check.scores
+    if sparse:
+        ids = check.positives(labels)
+        # bfloat16: XLA on a CPU fuses its conversion into the loss, that of bool or uint8 it does not.
+        labels = _labels.scatter_ones(ids, check.shape[-1], jnp.bfloat16)
     y = check.labels(labels)
     extras = [check.broadcast(argument, values) for argument, values in parameters.items()]
     weight = check.broadcast("weight", weight)

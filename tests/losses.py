@@ -24,6 +24,7 @@ class Loss:
     frozen: bool = False  # derivatives take a factor for constant: the oracle has it `at` a logit
     # (value, derivative) at (+∞, 0) and at (-∞, 1)
     limits: tuple = ((np.inf, 1), (np.inf, -1))
+    dense: bool = True  # takes dense labels, which may be soft and have a gradient
 
     def unreduced(self, *args, **kwargs):
         return self.call(*args, reduction="none", **kwargs)
@@ -81,6 +82,15 @@ def asymmetric(gamma_neg=4.0, gamma_pos=1.0, clip=0.05, stop=False, **fields):
     )
 
 
+def from_positives(scores, labels, *, reduction="mean", **options):
+    """Hard labels as the ids of the positives; a lone logit is a row of one label."""
+    rows, labels = jax.numpy.atleast_1d(scores, labels)
+    ids = jax.numpy.arange(labels.shape[-1])
+    positives = jax.numpy.where(labels.astype(bool), ids, -1)
+    loss = jaxbce.sparse_bce_with_logits(rows, positives, reduction=reduction, **options)
+    return loss.reshape(jax.numpy.shape(scores)) if reduction == "none" else loss
+
+
 LOSSES = [
     Loss("bce_with_logits", jaxbce.bce_with_logits, oracle.bce_with_logits, pos_weight=True),
     Loss(
@@ -99,6 +109,13 @@ LOSSES = [
     ),
     Loss("BCEWithLogitsLoss", configured, oracle.bce_with_logits, pos_weight=True),
     Loss("sigmoid_binary_cross_entropy", reduced_by_hand, oracle.bce_with_logits, pos_weight=True),
+    Loss(
+        "sparse_bce_with_logits",
+        from_positives,
+        oracle.bce_with_logits,
+        dense=False,
+        pos_weight=True,
+    ),
     Loss("bce", jaxbce.bce, oracle.bce, probs=True),
     focal(gamma=2.0),
     focal(gamma=0.5, alpha=0.25, symmetric=False, limits=((np.inf, 0.75), (np.inf, -0.25))),
@@ -110,6 +127,9 @@ LOSSES = [
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
 pos_weight_losses = pytest.mark.parametrize(
     "loss", [loss for loss in LOSSES if loss.pos_weight], ids=lambda loss: loss.name
+)
+dense_losses = pytest.mark.parametrize(
+    "loss", [loss for loss in LOSSES if loss.dense], ids=lambda loss: loss.name
 )
 logit_losses = pytest.mark.parametrize(
     "loss", [loss for loss in LOSSES if not loss.probs], ids=lambda loss: loss.name

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from losses import every_loss
+from losses import dense_losses
 
 import jaxbce
 
 X = np.zeros((4, 3), np.float32)
 
 
-@every_loss
+@dense_losses
 @pytest.mark.parametrize(
     ("scores", "labels", "options", "error", "message"),
     [

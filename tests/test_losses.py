@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from losses import every_loss, logit_losses, pos_weight_losses
+from losses import dense_losses, every_loss, logit_losses, pos_weight_losses
 
 FLOATS = ["float16", "bfloat16", "float32"]
 REDUCTIONS = ["mean", "sum", "batchmean"]
@@ -38,7 +38,7 @@ def test_value_and_gradient_match_the_oracle(loss, rng):
     np.testing.assert_allclose(gradient, derivative, rtol=2e-6, atol=1e-30)
 
 
-@every_loss
+@dense_losses
 def test_soft_labels(loss, rng):
     scores, _ = loss.draw(rng, (50,))
     labels = rng.random(50).astype(np.float32)
@@ -58,7 +58,7 @@ def test_labels_of_any_real_dtype(loss, labels_dtype, rng):
     )
 
 
-@every_loss
+@dense_losses
 @pytest.mark.parametrize("argument", ["labels", "weight"])
 def test_gradient_of_labels_and_weight(loss, argument, rng):
     """Linear in weight; the step in the label is exact enough where the loss is a square in it."""
@@ -228,7 +228,7 @@ def test_masked_hessian_has_no_nan(loss, rng):
         assert hessian[0, 0] != 0
 
 
-@every_loss
+@dense_losses
 def test_nan_that_is_kept_stays(loss):
     nan = np.float32(np.nan)
     for scores, labels in ((nan, np.float32(1)), (np.float32(0.5), nan)):
@@ -432,7 +432,7 @@ def mesh():
     return jax.make_mesh((4, 2), ("batch", "labels"), axis_types=(kind, kind))
 
 
-@every_loss
+@dense_losses
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_sharded_inputs_move_only_scalars(loss, reduction, rng):
     scores, labels = loss.draw(rng, (16, 32))

@@ -20,15 +20,16 @@ IMPORTS = {
     "_kernels": set(),
     "_checks": set(),
     "_reduce": {"_checks"},
-    "_losses": {"_kernels", "_checks", "_reduce"},
+    "_labels": {"_checks"},
+    "_losses": {"_kernels", "_checks", "_labels", "_reduce"},
     "_focal_kernels": {"_kernels"},
     "_focal": {"_focal_kernels", "_losses", "_checks"},
     "_module": {"_losses", "_checks", "_reduce"},
-    "__init__": {"_checks", "_losses", "_focal", "_module"},
+    "__init__": {"_checks", "_labels", "_losses", "_focal", "_module"},
 }
 
 EVERY_LOSS = ["bce_with_logits", "sigmoid_binary_cross_entropy", "bce"]
-EVERY_LOSS += ["sigmoid_focal_loss", "asymmetric_loss"]
+EVERY_LOSS += ["sparse_bce_with_logits", "sigmoid_focal_loss", "asymmetric_loss"]
 
 SECTIONS = ["Use it", "Args:", "Returns:", "Raises:", "Edge values:", "Differentiable:"]
 SECTIONS += ["Example:", ">>>", "Source:"]

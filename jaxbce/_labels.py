@@ -1,0 +1,333 @@
+"""Label ids (`positives`) to multi-hot arrays and back; the balance of the two classes."""
+
+import functools
+import math
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxbce import _checks
+
+
+def multi_hot(
+    positives: ArrayLike, num_labels: int, *, dtype: DTypeLike = jnp.float32
+) -> jax.Array:
+    """Label ids as an array of zeros and ones.
+
+    Use it to give label ids to a function that takes dense labels. `sparse_bce_with_logits` and
+    `linear_bce_with_logits` take the ids as they are.
+
+    Formula: result[..., l] = 1 if l is in positives[..., :], else 0.
+
+    Args:
+      positives: integer array [..., P] of label ids, padded with -1; P may be 0.
+      num_labels: the number of labels L, an int.
+      dtype: of the result; `bool` or `uint8` need a quarter of the memory.
+
+    Returns:
+      An array [..., L] of `dtype`.
+
+    Raises:
+      TypeError: positives are not an integer array.
+      ValueError: positives have no axis, or num_labels is not a non-negative int.
+
+    Edge values: any id outside [0, L) is padding, duplicates count once. Under `checked` an id
+    outside [0, L) other than -1 is an error.
+
+    Differentiable: no, the ids are integers.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbce
+      >>> print(jaxbce.multi_hot(jnp.array([[0, 2], [1, -1]]), 3))
+      [[1. 0. 1.]
+       [0. 1. 0.]]
+
+    Source: scikit-learn's `MultiLabelBinarizer`, with a fixed number of ids per row.
+    """
+    num_labels = _check_size("multi_hot", "num_labels", num_labels)
+    result: jax.Array = _multi_hot_of(
+        positives, name="multi_hot", num_labels=num_labels, dtype=jnp.dtype(dtype)
+    )
+    return result
+
+
+def scatter_ones(ids: jax.Array, num_labels: int, dtype: DTypeLike) -> jax.Array:
+    """[..., L] with 1 at `ids`, which lie in [0, L]; those equal to L are dropped."""
+
+    def row(ids: jax.Array) -> jax.Array:
+        return jnp.zeros(num_labels, dtype).at[ids].set(jnp.ones((), dtype), mode="drop")
+
+    for _ in ids.shape[:-1]:
+        row = jax.vmap(row)
+    return row(ids)
+
+
+@functools.partial(jax.jit, static_argnames=("name", "num_labels", "dtype"))
+def _multi_hot_of(positives: Any, *, name: str, num_labels: int, dtype: jnp.dtype) -> jax.Array:
+    ids = _checks.check_positives(name, positives, num_labels)
+    return scatter_ones(ids, num_labels, dtype)
+
+
+def positives_from_multi_hot(labels: ArrayLike, max_positives: int | None = None) -> jax.Array:
+    """The ids of the labels that are not 0.
+
+    Use it to turn dense labels, once and before training, into the much smaller `positives`.
+
+    Formula: the l with labels[..., l] ≠ 0, ascending, then -1 up to max_positives.
+
+    Args:
+      labels: bool, integer or float array [..., L] of zeros and ones.
+      max_positives: the number of ids per row P, an int; None takes the largest number of
+        positives that a row has, which must then be known: not under `jax.jit`.
+
+    Returns:
+      An int32 array [..., P].
+
+    Raises:
+      TypeError: labels are not a real array.
+      ValueError: labels have no axis, max_positives is not a non-negative int, or it is None while
+        labels are traced.
+
+    Edge values: of a row with more than P positives the first P are kept. Under `checked` such a
+    row is an error, and so is a label other than 0 and 1.
+
+    Differentiable: no, the ids are integers.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbce
+      >>> print(jaxbce.positives_from_multi_hot(jnp.array([[1, 0, 1], [0, 1, 0]])))
+      [[ 0  2]
+       [ 1 -1]]
+
+    Source: `jax.numpy.nonzero`, by row.
+    """
+    name = "positives_from_multi_hot"
+    if max_positives is not None:
+        max_positives = _check_size(name, "max_positives", max_positives)
+    elif isinstance(labels, jax.core.Tracer):
+        raise ValueError(
+            f"{name}: max_positives must be given where labels are traced (under jax.jit, "
+            "jax.vmap, jaxbce.checked), got None; pass the largest number of positives of a row"
+        )
+    else:
+        _check_labels(name, labels)
+        counts = jnp.count_nonzero(jnp.asarray(labels), axis=-1)
+        max_positives = int(counts.max(initial=0))
+    result: jax.Array = _positives_of(labels, name=name, max_positives=max_positives)
+    return result
+
+
+@functools.partial(jax.jit, static_argnames=("name", "max_positives"))
+def _positives_of(labels: Any, *, name: str, max_positives: int) -> jax.Array:
+    labels = _check_labels(name, labels)
+    if labels.dtype != jnp.bool_:
+        _checks.check_values(name, "labels", labels, (labels == 0) | (labels == 1), "0 or 1")
+    counts = jnp.count_nonzero(labels, axis=-1)
+    rule = f"at most {max_positives} (max_positives) in a row"
+    _checks.check_values(name, "positives", counts, counts <= max_positives, rule)
+
+    def row(labels: jax.Array) -> jax.Array:
+        (ids,) = jnp.nonzero(labels, size=max_positives, fill_value=-1)
+        return ids.astype(jnp.int32)
+
+    for _ in labels.shape[:-1]:
+        row = jax.vmap(row)
+    return row(labels)
+
+
+def balanced_pos_weight(
+    labels: ArrayLike | None = None,
+    *,
+    positives: ArrayLike | None = None,
+    num_labels: int | None = None,
+    where: ArrayLike | None = None,
+    max_weight: float | None = None,
+) -> jax.Array:
+    """The `pos_weight` with which the two classes of each label weigh the same.
+
+    Use it on the training labels when positives are few and recall matters more than calibrated
+    probabilities: a model trained with it overestimates the probability of a positive.
+
+    Formula, with P the positives and N the negatives of a label:
+
+      pos_weight = min(N / max(P, 1), max_weight)
+
+    Args:
+      labels: bool, integer or float array [..., L] in [0, 1]; a soft label y counts as y positives
+        and 1 − y negatives. Exactly one of labels and positives.
+      positives: integer array [..., P] of label ids instead, padded with -1.
+      num_labels: the number of labels L, an int; with positives only.
+      where: bool array that broadcasts to [..., L]; False leaves an element out. None keeps all.
+      max_weight: the largest result; None is no limit, about 10 keeps a rare
+        label from dominating.
+
+    Returns:
+      A float32 array [L] (float64 for float64 labels).
+
+    Raises:
+      TypeError: labels are not a real array, positives not an integer array, where is not bool.
+      ValueError: neither or both of labels and positives, positives without num_labels, a shape
+        that does not fit, or max_weight is not positive.
+
+    Edge values: a label without positives gets its number of negatives, at most max_weight; one
+    without negatives, or with nothing kept, 0. What is masked may hold anything, also NaN.
+
+    Differentiable: with respect to float labels.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbce
+      >>> labels = jnp.array([[1, 0, 0], [1, 0, 1], [0, 0, 0], [1, 0, 0]])
+      >>> print(jaxbce.balanced_pos_weight(labels, max_weight=3.5))
+      [0.33333334 3.5        3.        ]
+
+    Source: negatives / positives, the advice of PyTorch's `BCEWithLogitsLoss`.
+    """
+    name = "balanced_pos_weight"
+    if isinstance(max_weight, (int, float)) and not max_weight > 0:
+        raise ValueError(f"{name}: max_weight must be positive, got {max_weight}")
+    count, kept = _counts(name, labels, positives, num_labels, where)
+    weight = (kept - count) / jnp.maximum(count, 1)
+    return weight if max_weight is None else jnp.minimum(weight, max_weight)
+
+
+def prior_bias(
+    labels: ArrayLike | None = None,
+    *,
+    positives: ArrayLike | None = None,
+    num_labels: int | None = None,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """The bias with which an untrained output layer predicts the base rate of each label.
+
+    Use it on the training labels to initialise the bias of the last layer: with many rare labels,
+    training otherwise spends its first epochs on pushing all logits down.
+
+    Formula, with P the positives and N the negatives of a label:
+
+      bias = log((P + ½) / (N + ½)),  so that sigmoid(bias) = (P + ½) / (P + N + 1)
+
+    Args:
+      labels: bool, integer or float array [..., L] in [0, 1]; a soft label y counts as y positives
+        and 1 − y negatives. Exactly one of labels and positives.
+      positives: integer array [..., P] of label ids instead, padded with -1.
+      num_labels: the number of labels L, an int; with positives only.
+      where: bool array that broadcasts to [..., L]; False leaves an element out. None keeps all.
+
+    Returns:
+      A float32 array [L] (float64 for float64 labels).
+
+    Raises:
+      TypeError: labels are not a real array, positives not an integer array, where is not bool.
+      ValueError: neither or both of labels and positives, positives without num_labels, or a shape
+        that does not fit.
+
+    Edge values: finite for every label; 0 where nothing is kept. What is masked may hold anything,
+    also NaN.
+
+    Differentiable: with respect to float labels.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxbce
+      >>> bias = jaxbce.prior_bias(positives=jnp.array([[0], [0], [-1]]), num_labels=2)
+      >>> print(jax.nn.sigmoid(bias).round(3))
+      [0.625 0.125]
+
+    Source: Lin et al., "Focal loss for dense object detection" (2017), section 4.1; the ½ is
+    Jeffreys' prior.
+    """
+    count, kept = _counts("prior_bias", labels, positives, num_labels, where)
+    return jnp.log((count + 0.5) / (kept - count + 0.5))
+
+
+def _counts(
+    name: str,
+    labels: ArrayLike | None,
+    positives: ArrayLike | None,
+    num_labels: int | None,
+    where: ArrayLike | None,
+) -> tuple[jax.Array, jax.Array]:
+    """For each label: its positives, and its elements that `where` keeps."""
+    _checks.check_one_of(name, labels=labels, positives=positives)
+    counts: tuple[jax.Array, jax.Array]
+    if positives is None:
+        if num_labels is not None:
+            raise ValueError(
+                f"{name}: num_labels goes with positives, got labels and num_labels={num_labels}"
+            )
+        counts = _dense_counts(labels, where, name=name)
+    else:
+        if num_labels is None:
+            raise ValueError(
+                f"{name}: positives need num_labels, got None; pass the number of labels"
+            )
+        num_labels = _check_size(name, "num_labels", num_labels)
+        counts = _sparse_counts(positives, where, name=name, num_labels=num_labels)
+    return counts
+
+
+@functools.partial(jax.jit, static_argnames="name")
+def _dense_counts(labels: Any, where: Any, *, name: str) -> tuple[jax.Array, jax.Array]:
+    labels = _check_labels(name, labels)
+    where = _checks.check_mask(name, where, "labels", labels.shape)
+    dtype = jnp.float64 if labels.dtype == jnp.float64 else jnp.float32
+    # Whole numbers are summed in int32, exactly.
+    labels = labels.astype(dtype if jnp.issubdtype(labels.dtype, jnp.floating) else jnp.int32)
+    masked = labels if where is None else jnp.where(where, labels, 0)
+    _checks.check_values(name, "labels", masked, (masked >= 0) & (masked <= 1), "in [0, 1]")
+    count = jnp.sum(masked, axis=tuple(range(labels.ndim - 1)))
+    return count.astype(dtype), _kept_per_label(where, labels.shape, dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("name", "num_labels"))
+def _sparse_counts(
+    positives: Any, where: Any, *, name: str, num_labels: int
+) -> tuple[jax.Array, jax.Array]:
+    # Sorted, a duplicate stands beside its like.
+    ids = jnp.sort(_checks.check_positives(name, positives, num_labels), axis=-1)
+    shape = (*ids.shape[:-1], num_labels)
+    where = _checks.check_mask(name, where, "multi-hot labels", shape)
+    counted = jnp.diff(ids, axis=-1, prepend=-1) != 0
+    if where is not None:
+        # `where` is read at each id in its own shape: broadcast it would be as large as the labels.
+        index = [jax.lax.broadcasted_iota(jnp.int32, ids.shape, axis) for axis in range(ids.ndim)]
+        index[-1] = ids
+        own = [at if size > 1 else 0 for at, size in zip(index, where.shape, strict=True)]
+        counted &= where.at[tuple(own)].get(mode="fill", fill_value=False)
+    ids = jnp.where(counted, ids, num_labels)
+    count = jnp.zeros(num_labels, jnp.int32).at[ids].add(1, mode="drop")
+    return count.astype(jnp.float32), _kept_per_label(where, shape, jnp.float32)
+
+
+def _kept_per_label(where: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """How many elements of each label `where`, of the rank of `shape`, keeps."""
+    rows = math.prod(shape[:-1])
+    if where is None:
+        return jnp.full(shape[-1], rows, dtype)
+    repeats = rows // max(math.prod(where.shape[:-1]), 1)
+    kept = jnp.sum(where, axis=tuple(range(where.ndim - 1)), dtype=jnp.int32)
+    return jnp.broadcast_to(kept.astype(dtype) * repeats, shape[-1:])
+
+
+def _check_labels(name: str, labels: Any) -> jax.Array:
+    """Dense labels with a label axis, in their own dtype."""
+    dtype = _checks.array_dtype(name, "labels", labels)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"{name}: labels must be float, integer or bool, got {dtype}")
+    if not jnp.ndim(labels):
+        raise ValueError(f"{name}: labels must have an axis of labels, got one number")
+    return jnp.asarray(labels)
+
+
+def _check_size(name: str, argument: str, value: Any) -> int:
+    try:
+        size = operator.index(value)
+    except TypeError:
+        raise ValueError(
+            f"{name}: {argument} must be an int known before tracing, got {type(value).__name__}"
+        ) from None
+    if size < 0:
+        raise ValueError(f"{name}: {argument} must not be negative, got {size}")
+    return size

@@ -76,6 +76,11 @@ def sum_kernel(total: Sum, by_x: Rules, by_y: Rules, evaluate: Evaluate) -> _ker
     return _kernels.with_jvp(value, partials)
 
 
+def without_focus(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Both losses when nothing focuses: binary cross-entropy, bit for bit."""
+    return _kernels.bce_with_logits(x, y, None)
+
+
 def annihilate(coefficient: jax.Array, value: jax.Array) -> jax.Array:
     return jnp.where(coefficient == 0, 0, coefficient * value)
 
@@ -184,7 +189,7 @@ def evaluate_focal(total: Sum, x: jax.Array, y: jax.Array) -> jax.Array:
 @functools.cache
 def sigmoid_focal(gamma: float, alpha: float | None) -> _kernels.Kernel:
     if gamma == 0 and alpha is None:
-        return _kernels.bce_with_logits
+        return without_focus
     alpha_t = term() if alpha is None else add(term(alpha, b=1), term(1 - alpha, a=1))
     loss = multiply(alpha_t, term(m=gamma, c=1))
     return _kernels.with_vjp(sum_kernel(loss, FOCAL_BY_X, FOCAL_BY_Y, evaluate_focal))
@@ -256,7 +261,7 @@ def asymmetric(
     gamma_neg: float, gamma_pos: float, clip: float, stop_focus_gradient: bool
 ) -> _kernels.Kernel:
     if gamma_neg == gamma_pos == clip == 0:
-        return _kernels.bce_with_logits
+        return without_focus
     weight = str.upper if stop_focus_gradient else str
     positive = term(b=1, s=1, **{weight("q"): gamma_pos})
     if clip:

@@ -304,7 +304,7 @@ def evaluate_arrays(
     x = check.scores
     if sparse:
         ids = check.positives(labels)
-        # bfloat16: XLA on a CPU fuses its conversion into the loss, that of bool or uint8 it does not.
+        # bfloat16: XLA on a CPU fuses its conversion into the loss, but not that of bool or uint8.
         labels = _labels.scatter_ones(ids, check.shape[-1], jnp.bfloat16)
     y = check.labels(labels)
     extras = [check.broadcast(argument, values) for argument, values in parameters.items()]

@@ -21,7 +21,6 @@ class Loss:
     forward: bool = False  # also differentiable in forward mode
     pos_weight: bool = False  # takes one
     symmetric: bool = True  # (x, y) is as (-x, 1 - y)
-    frozen: bool = False  # derivatives take a factor for constant: the oracle has it `at` a logit
     # (value, derivative) at (+∞, 0) and at (-∞, 1)
     limits: tuple = ((np.inf, 1), (np.inf, -1))
     dense: bool = True  # takes dense labels, which may be soft and have a gradient
@@ -31,11 +30,6 @@ class Loss:
 
     def total(self, *args, **kwargs):
         return self.call(*args, reduction="sum", **kwargs)
-
-    def near(self, scores, labels, step):
-        """What the oracle says at scores + step, for differences."""
-        at = {"at": scores} if self.frozen else {}
-        return self.oracle(scores + step, labels, **at)
 
     def draw(self, rng, shape, dtype=np.float32):
         """Scores and hard labels."""
@@ -71,12 +65,12 @@ def focal(gamma, alpha=None, **fields):
     )
 
 
-def asymmetric(gamma_neg=4.0, gamma_pos=1.0, clip=0.05, stop=False, **fields):
+def asymmetric(gamma_neg=4.0, gamma_pos=1.0, clip=0.05, **fields):
     options = {"gamma_neg": gamma_neg, "gamma_pos": gamma_pos, "clip": clip}
     return Loss(
-        f"asymmetric_loss-{gamma_neg}-{gamma_pos}-{clip}" + "-stop" * stop,
-        functools.partial(jaxbce.asymmetric_loss, stop_focus_gradient=stop, **options),
-        functools.partial(oracle.asymmetric, stop=stop, **options),
+        f"asymmetric_loss-{gamma_neg}-{gamma_pos}-{clip}",
+        functools.partial(jaxbce.asymmetric_loss, **options),
+        functools.partial(oracle.asymmetric, **options),
         symmetric=False,
         **fields,
     )
@@ -121,7 +115,6 @@ LOSSES = [
     focal(gamma=0.5, alpha=0.25, symmetric=False, limits=((np.inf, 0.75), (np.inf, -0.25))),
     asymmetric(limits=((-(0.95**4) * np.log(0.05), 0), (np.inf, -1))),
     asymmetric(gamma_neg=0.5, gamma_pos=0.25, clip=0.0),
-    asymmetric(stop=True, limits=((-(0.95**4) * np.log(0.05), 0), (np.inf, -1)), frozen=True),
 ]
 
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)

@@ -54,28 +54,23 @@ def focal(x, y, gamma, alpha=None):
     return factor * value, factor * (gamma * slope * value + derivative)
 
 
-def asymmetric(x, y, gamma_neg=4.0, gamma_pos=1.0, clip=0.05, stop=False, at=None):
-    """(value, derivative with respect to x), with the focusing weights computed at `at`, or x"""
-
-    def parts(x):
-        p, q = sigmoid(x), sigmoid(-x)
-        m = np.maximum(p - clip, 0) if clip else p
-        above = m > 0
-        with np.errstate(divide="ignore", invalid="ignore"):
-            power = np.where(above, m**gamma_neg, 0) if clip else np.exp(-gamma_neg * softplus(-x))
-            slope = np.where(above, p * q / m, 0) if clip else q  # of log m
-            loss = np.where(above, -np.log1p(-m), 0) if clip else softplus(x)
-            loss_slope = np.where(above, p * (q / (q + clip) if clip else 1), 0)
-        return np.exp(-gamma_pos * softplus(x)), -p, power, slope, loss, loss_slope
-
-    weight_pos, slope_pos, weight_neg, slope_neg, _, _ = parts(x if at is None else at)
-    negative, negative_slope = parts(x)[-2:]
-    positive, positive_slope = softplus(-x), -sigmoid(-x)
-    if not stop:
-        positive_slope = positive_slope + gamma_pos * slope_pos * positive
-        negative_slope = negative_slope + gamma_neg * slope_neg * negative
-    value = y * weight_pos * positive + (1 - y) * weight_neg * negative
-    return value, y * weight_pos * positive_slope + (1 - y) * weight_neg * negative_slope
+def asymmetric(x, y, gamma_neg=4.0, gamma_pos=1.0, clip=0.05):
+    """(value, derivative with respect to x); m = max(p - clip, 0), and slope is that of log m"""
+    p, q = sigmoid(x), sigmoid(-x)
+    positive = np.exp(-gamma_pos * softplus(x))
+    if clip:
+        m = np.maximum(p - clip, np.finfo(np.float64).tiny)
+        factor, slope = np.where(p > clip, m**gamma_neg, 0), p * q / m
+        negative, negative_slope = -np.log1p(-m), np.where(p > clip, p * q / (q + clip), 0)
+    else:
+        factor, slope = np.exp(-gamma_neg * softplus(-x)), q
+        negative, negative_slope = softplus(x), p
+    value = y * positive * softplus(-x) + (1 - y) * factor * negative
+    positive_slope = positive * (gamma_pos * p * softplus(-x) + q)
+    negative_slope = np.where(
+        factor > 0, factor * (gamma_neg * slope * negative + negative_slope), 0
+    )
+    return value, (1 - y) * negative_slope - y * positive_slope
 
 
 def ulp_error(got, expected, flushed=1.0):

@@ -89,6 +89,12 @@ class Network(nnx.Module):
         return self.output(features).max(axis=(1, 2))
 
 
+@functools.cache
+def adam(steps: int) -> optax.GradientTransformation:
+    """One for all runs, so that `train_step` is compiled once per loss."""
+    return optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
+
+
 @functools.partial(nnx.jit, static_argnames="loss_fn")
 def train_step(
     model: Network, optimizer: nnx.Optimizer, images: jax.Array, labels: jax.Array, loss_fn: Loss
@@ -139,8 +145,7 @@ def train(
     images, labels = data.train
     steps = len(images) // BATCH
     model = Network(nnx.Rngs(seed))
-    schedule = optax.cosine_decay_schedule(LEARNING_RATE, epochs * steps)
-    optimizer = nnx.Optimizer(model, optax.adam(schedule), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, adam(epochs * steps), wrt=nnx.Param)
     for epoch in range(1, epochs + 1):
         order = np.random.default_rng((seed, epoch)).permutation(len(images))
         values = []

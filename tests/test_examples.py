@@ -54,3 +54,15 @@ def test_multilabel_yeast_refuses_to_resume_another_run(tmp_path):
     yeast = load("multilabel_yeast")
     with pytest.raises(SystemExit, match="No checkpoint to resume"):
         yeast.main(["--workdir", str(tmp_path / "none"), "--resume"])
+
+
+def test_multilabel_digits_compares_four_losses(tmp_path, capsys):
+    digits = load("multilabel_digits")
+    options = ["--epochs", "1", "--seeds", "0", "--images", "64", "--workdir", str(tmp_path)]
+    results = digits.main(options)
+    assert all(0 < runs[0]["mAP"] <= 1 for runs in results.values())
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["loss"] for record in records] == list(results)
+    for picture in ("comparison.png", "predictions.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
+    assert "asymmetric" in capsys.readouterr().out

@@ -8,6 +8,7 @@
 """
 
 from jaxbce._checks import checked
+from jaxbce._focal import asymmetric_loss, sigmoid_focal_loss
 from jaxbce._head import linear_bce_with_logits, linear_top_k
 from jaxbce._labels import balanced_pos_weight, multi_hot, positives_from_multi_hot, prior_bias
 from jaxbce._losses import (
@@ -21,6 +22,7 @@ from jaxbce._siglip import siglip_loss
 
 __all__ = [
     "BCEWithLogitsLoss",
+    "asymmetric_loss",
     "balanced_pos_weight",
     "bce",
     "bce_with_logits",
@@ -32,6 +34,7 @@ __all__ = [
     "prior_bias",
     "siglip_loss",
     "sigmoid_binary_cross_entropy",
+    "sigmoid_focal_loss",
     "sparse_bce_with_logits",
 ]
 

@@ -1,6 +1,7 @@
 """Checks of dtypes, shapes and, on request, values; the wording of every error."""
 
 import functools
+import numbers
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -227,6 +228,22 @@ def check_fraction(name: str, argument: str, value: Any) -> None:
     """A number known before tracing must lie in [0, 1]."""
     if isinstance(value, (int, float)) and not 0 <= value <= 1:
         raise ValueError(f"{name}: {argument} must be in [0, 1], got {value}")
+
+
+def static_number(
+    name: str, argument: str, value: Any, valid: str, low: float, high: float
+) -> float:
+    """A number that must be known before tracing, with low <= number < high; `valid` says so."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"{name}: {argument} must be a Python number, known before tracing, got "
+            f"{type(value).__name__}; pass float({argument}) outside jax.jit, or make it static: "
+            f"jax.jit(..., static_argnames={argument!r})"
+        )
+    number = float(value)
+    if not low <= number < high:
+        raise ValueError(f"{name}: {argument} must be {valid}, got {value}")
+    return number
 
 
 def check_choice(name: str, argument: str, value: str, choices: tuple[str, ...]) -> None:

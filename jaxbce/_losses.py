@@ -71,7 +71,7 @@ def bce_with_logits(
 
     Source: PyTorch's `BCEWithLogitsLoss`, whose arguments and divisor it shares.
     """
-    return _evaluate(
+    return evaluate(
         "bce_with_logits",
         _kernels.bce_with_logits_forward if forward_mode else _kernels.bce_with_logits,
         (logits, labels),
@@ -128,7 +128,7 @@ def sigmoid_binary_cross_entropy(
 
     Source: `optax.sigmoid_binary_cross_entropy`.
     """
-    return _evaluate(
+    return evaluate(
         "sigmoid_binary_cross_entropy",
         _kernels.bce_with_logits_forward if forward_mode else _kernels.bce_with_logits,
         (logits, labels),
@@ -190,7 +190,7 @@ def sparse_bce_with_logits(
 
     Source: PyTorch's `MultiLabelSoftMarginLoss` with the labels of its `MultiLabelMarginLoss`.
     """
-    return _evaluate(
+    return evaluate(
         "sparse_bce_with_logits",
         _kernels.bce_with_logits,
         (logits, positives),
@@ -254,10 +254,10 @@ def bce(
 
     Source: PyTorch's `BCELoss`, whose clamps it shares.
     """
-    return _evaluate("bce", _kernels.bce, (probs, labels), {}, weight, 0.0, where, reduction)
+    return evaluate("bce", _kernels.bce, (probs, labels), {}, weight, 0.0, where, reduction)
 
 
-def _evaluate(
+def evaluate(
     name: str,
     kernel: _kernels.Kernel,
     inputs: tuple[ArrayLike, ArrayLike],
@@ -272,7 +272,7 @@ def _evaluate(
     _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
     _checks.check_fraction(name, "label_smoothing", label_smoothing)
     no_smoothing = isinstance(label_smoothing, (int, float)) and label_smoothing == 0
-    loss: jax.Array = _evaluate_arrays(
+    loss: jax.Array = evaluate_arrays(
         *inputs,
         parameters,
         weight,
@@ -287,7 +287,7 @@ def _evaluate(
 
 
 @functools.partial(jax.jit, static_argnames=("name", "kernel", "reduction", "sparse"))
-def _evaluate_arrays(
+def evaluate_arrays(
     scores: Any,
     labels: Any,
     parameters: dict[str, Any],

@@ -19,6 +19,10 @@ class Loss:
     oracle: Callable  # (scores, labels) -> (loss, derivative), in float64
     probs: bool = False  # scores are probabilities
     forward: bool = False  # also differentiable in forward mode
+    pos_weight: bool = False  # takes one
+    symmetric: bool = True  # (x, y) is as (-x, 1 - y)
+    # (value, derivative) at (+∞, 0) and at (-∞, 1)
+    limits: tuple = ((np.inf, 1), (np.inf, -1))
     dense: bool = True  # takes dense labels, which may be soft and have a gradient
 
     def unreduced(self, *args, **kwargs):
@@ -51,6 +55,27 @@ def reduced_by_hand(scores, labels, *, reduction="mean", where=None, **options):
     return loss.sum() / jax.numpy.maximum(divisor, 1)
 
 
+def focal(gamma, alpha=None, **fields):
+    options = {"gamma": gamma, "alpha": alpha}
+    return Loss(
+        f"sigmoid_focal_loss-{gamma}-{alpha}",
+        functools.partial(jaxbce.sigmoid_focal_loss, **options),
+        functools.partial(oracle.focal, **options),
+        **fields,
+    )
+
+
+def asymmetric(gamma_neg=4.0, gamma_pos=1.0, clip=0.05, **fields):
+    options = {"gamma_neg": gamma_neg, "gamma_pos": gamma_pos, "clip": clip}
+    return Loss(
+        f"asymmetric_loss-{gamma_neg}-{gamma_pos}-{clip}",
+        functools.partial(jaxbce.asymmetric_loss, **options),
+        functools.partial(oracle.asymmetric, **options),
+        symmetric=False,
+        **fields,
+    )
+
+
 def from_positives(scores, labels, *, reduction="mean", **options):
     """Hard labels as the ids of the positives; a lone logit is a row of one label."""
     rows, labels = jax.numpy.atleast_1d(scores, labels)
@@ -61,25 +86,41 @@ def from_positives(scores, labels, *, reduction="mean", **options):
 
 
 LOSSES = [
-    Loss("bce_with_logits", jaxbce.bce_with_logits, oracle.bce_with_logits),
+    Loss("bce_with_logits", jaxbce.bce_with_logits, oracle.bce_with_logits, pos_weight=True),
     Loss(
         "bce_with_logits-forward_mode",
         functools.partial(jaxbce.bce_with_logits, forward_mode=True),
         oracle.bce_with_logits,
         forward=True,
+        pos_weight=True,
     ),
     Loss(
         "bce_with_logits-pos_weight",
         functools.partial(jaxbce.bce_with_logits, pos_weight=3.5),
         functools.partial(oracle.bce_with_logits, q=3.5),
+        symmetric=False,
+        limits=((np.inf, 1), (np.inf, -3.5)),
     ),
-    Loss("BCEWithLogitsLoss", configured, oracle.bce_with_logits),
-    Loss("sigmoid_binary_cross_entropy", reduced_by_hand, oracle.bce_with_logits),
-    Loss("sparse_bce_with_logits", from_positives, oracle.bce_with_logits, dense=False),
+    Loss("BCEWithLogitsLoss", configured, oracle.bce_with_logits, pos_weight=True),
+    Loss("sigmoid_binary_cross_entropy", reduced_by_hand, oracle.bce_with_logits, pos_weight=True),
+    Loss(
+        "sparse_bce_with_logits",
+        from_positives,
+        oracle.bce_with_logits,
+        dense=False,
+        pos_weight=True,
+    ),
     Loss("bce", jaxbce.bce, oracle.bce, probs=True),
+    focal(gamma=2.0),
+    focal(gamma=0.5, alpha=0.25, symmetric=False, limits=((np.inf, 0.75), (np.inf, -0.25))),
+    asymmetric(limits=((-(0.95**4) * np.log(0.05), 0), (np.inf, -1))),
+    asymmetric(gamma_neg=0.5, gamma_pos=0.25, clip=0.0),
 ]
 
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+pos_weight_losses = pytest.mark.parametrize(
+    "loss", [loss for loss in LOSSES if loss.pos_weight], ids=lambda loss: loss.name
+)
 dense_losses = pytest.mark.parametrize(
     "loss", [loss for loss in LOSSES if loss.dense], ids=lambda loss: loss.name
 )

@@ -40,6 +40,39 @@ def bce(p, y):
     return -(y * log_p + (1 - y) * log_1mp), (p - y) / np.maximum(p * (1 - p), 1e-12)
 
 
+def focal(x, y, gamma, alpha=None):
+    """(value, derivative with respect to x); m = 1 - p_t, and slope is that of log m"""
+    p, q = sigmoid(x), sigmoid(-x)
+    balance = 1.0 if alpha is None else y * alpha + (1 - y) * (1 - alpha)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_m = np.select(
+            [y == 0, y == 1], [-softplus(-x), -softplus(x)], np.log(y * q + p - y * p)
+        )
+        slope = np.select([y == 0, y == 1], [q, -p], (1 - 2 * y) * p * q / np.exp(log_m))
+    value, derivative = bce_with_logits(x, y)
+    factor = balance * np.exp(gamma * log_m)
+    return factor * value, factor * (gamma * slope * value + derivative)
+
+
+def asymmetric(x, y, gamma_neg=4.0, gamma_pos=1.0, clip=0.05):
+    """(value, derivative with respect to x); m = max(p - clip, 0), and slope is that of log m"""
+    p, q = sigmoid(x), sigmoid(-x)
+    positive = np.exp(-gamma_pos * softplus(x))
+    if clip:
+        m = np.maximum(p - clip, np.finfo(np.float64).tiny)
+        factor, slope = np.where(p > clip, m**gamma_neg, 0), p * q / m
+        negative, negative_slope = -np.log1p(-m), np.where(p > clip, p * q / (q + clip), 0)
+    else:
+        factor, slope = np.exp(-gamma_neg * softplus(-x)), q
+        negative, negative_slope = softplus(x), p
+    value = y * positive * softplus(-x) + (1 - y) * factor * negative
+    positive_slope = positive * (gamma_pos * p * softplus(-x) + q)
+    negative_slope = np.where(
+        factor > 0, factor * (gamma_neg * slope * negative + negative_slope), 0
+    )
+    return value, (1 - y) * negative_slope - y * positive_slope
+
+
 def ulp_error(got, expected, flushed=1.0):
     """|got - expected| in units in the last place of the dtype of `got` at `expected` (float64).
 

@@ -111,3 +111,21 @@ def test_debian_dependencies_says_what_it_needs(tmp_path, monkeypatch):
         debian.main(
             ["--workdir", str(tmp_path), "--available", str(tmp_path / "available"), "--resume"]
         )
+
+
+def test_multilabel_digits_compares_four_losses(tmp_path, capsys):
+    digits = load("multilabel_digits")
+    options = ["--epochs", "1", "--seeds", "0", "--images", "64", "--workdir", str(tmp_path)]
+    results = digits.main(options)
+    assert all(0 < runs[0]["mAP"] <= 1 for runs in results.values())
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["loss"] for record in records] == list(results)
+    for picture in ("comparison.png", "predictions.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
+    assert "asymmetric" in capsys.readouterr().out
+
+
+def test_distributed_head_agrees_with_one_device():
+    command = [sys.executable, str(EXAMPLES / "distributed_head.py"), "--steps", "2"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "2 processes, mesh {'batch': 2, 'labels': 2}: largest difference" in output

@@ -28,24 +28,19 @@ def with_jvp(value: Kernel, partials: Partials) -> Kernel:
     kernel = jax.custom_jvp(jax.jit(value, inline=True))
 
     def jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-        return kernel(*primals), combine(tangents, partials(*primals))
+        # The tangents are not tested for zero by value: that could not be transposed.
+        terms = [
+            tangent * partial
+            for tangent, partial in zip(tangents, partials(*primals), strict=True)
+            if partial is not None and not isinstance(tangent, SymbolicZero)
+        ]
+        return kernel(*primals), functools.reduce(operator.add, terms)
 
     kernel.defjvp(jvp, symbolic_zeros=True)
     return kernel
 
 
-def combine(tangents: Any, partials: tuple[jax.Array | None, ...]) -> jax.Array:
-    """Σ tangent · partial. A tangent is not tested for 0 by value: that could not be transposed."""
-    terms = [
-        tangent * partial
-        for tangent, partial in zip(tangents, partials, strict=True)
-        if partial is not None and not isinstance(tangent, SymbolicZero)
-    ]
-    total: jax.Array = functools.reduce(operator.add, terms)
-    return total
-
-
-def with_vjp(forward: Kernel, partials: Partials) -> Kernel:
+def with_vjp(forward: Kernel) -> Kernel:
     """`forward` in reverse mode, with the inputs as the only residuals."""
 
     @jax.custom_vjp
@@ -57,10 +52,10 @@ def with_vjp(forward: Kernel, partials: Partials) -> Kernel:
         return forward(*inputs), inputs
 
     def bwd(residuals: Any, g: jax.Array) -> Any:
-        # g * partial, as a transpose: JAX adds the sum over devices that an input shared by the
-        # shards of `jax.shard_map` needs.
-        slopes = partials(*residuals)
-        return jax.linear_transpose(lambda *tangents: combine(tangents, slopes), *residuals)(g)
+        # Transposing the rule of `forward`, which is g * partial, lets JAX add the sum over devices
+        # that an input shared by the shards of `jax.shard_map` needs.
+        _, pullback = jax.vjp(forward, *residuals)
+        return pullback(g)
 
     kernel.defvjp(fwd, bwd)
     return kernel
@@ -193,7 +188,7 @@ def bce_with_logits_partials(
 
 
 bce_with_logits_forward = with_jvp(bce_with_logits_value, bce_with_logits_partials)
-bce_with_logits = with_vjp(bce_with_logits_forward, bce_with_logits_partials)
+bce_with_logits = with_vjp(bce_with_logits_forward)
 
 
 # loss(p, y) = -y max(log p, -100) - (1 - y) max(log(1 - p), -100)
@@ -234,4 +229,4 @@ def bce_partials(p: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 bce_forward = with_jvp(bce_value, bce_partials)
-bce = with_vjp(bce_forward, bce_partials)
+bce = with_vjp(bce_forward)

@@ -202,7 +202,7 @@ def test_stop_focus_gradient(clip, rng):
         (asymmetric, {"clip": 1.0}, r"asymmetric_loss: clip must be in \[0, 1\), got 1.0"),
         (asymmetric, {"clip": -0.1}, r"asymmetric_loss: clip must be in \[0, 1\), got -0.1"),
     ],
-    ids=str,
+    ids=lambda value: "=".join(map(str, *value.items())) if isinstance(value, dict) else "",
 )
 def test_hyper_parameters_out_of_range(loss, options, message):
     with pytest.raises(ValueError, match=message):

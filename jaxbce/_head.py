@@ -172,15 +172,14 @@ def _prepare_layer(
             f"{name}: kernel must have shape (width, labels) for features {features.shape} of "
             f"shape (..., width), got {kernel.shape}; a (labels, width) kernel is kernel.T"
         )
-    dtype = jnp.promote_types(features.dtype, kernel.dtype)
-    if dtype != jnp.bfloat16:
-        # Gradients of single logits, divided by rows · labels, are too small for float16.
-        dtype = jnp.promote_types(dtype, jnp.float32)
-    features = features.astype(dtype)
+    dtype = _linear.accumulator(features, kernel)
+    if not features.dtype == kernel.dtype == jnp.bfloat16:
+        # Also for float16, in which a gradient divided by rows · labels would be 0.
+        features = features.astype(dtype)
     if bias is not None:
         shape = kernel.shape[1:]
         bias = _checks.check_array(name, "bias", bias, floating=True, shape=shape, axes="(labels,)")
-        bias = bias.astype(_linear.accumulator(features))
+        bias = bias.astype(dtype)
     return features, kernel, bias
 
 
@@ -204,10 +203,11 @@ def _prepare_targets(
     labels = _checks.check_array(
         name, "labels", labels, shape=(*lead, num_labels), axes="(..., labels)"
     ).reshape(batch, num_labels)
-    ok = (labels >= 0) & (labels <= 1)
+    values = labels.astype(jnp.float32)
+    ok = (values >= 0) & (values <= 1)
     if weight is not None:
         ok = ok | (weight == 0)[:, None]
-    _checks.check_values(name, "labels", labels, ok, "in [0, 1]")
+    _checks.check_values(name, "labels", values, ok, "in [0, 1]")
     return None, labels
 
 

@@ -85,7 +85,7 @@ def choose_devices(
                 _check_axis(name, argument, axis, mesh, size)
         rows //= mesh.shape.get(batch_axis, 1)
         labels //= mesh.shape.get(label_axis, 1)
-    chunk_size = min(chunk_size or _linear.default_chunk_size(rows, labels), max(labels, 1))
+    chunk_size = max(min(chunk_size or _linear.default_chunk_size(rows, labels), labels), 1)
     if mesh is None:
         return _linear.OneDevice(chunk_size)
     return OnMesh(chunk_size, mesh, batch_axis, label_axis)

@@ -102,7 +102,7 @@ def _siglip(
     )
     log_scale = _checks.check_array(name, "log_scale", log_scale, shape=(), axes="()")
     bias = _checks.check_array(name, "bias", bias, shape=(), axes="()")
-    dtype = jnp.promote_types(jnp.promote_types(images.dtype, texts.dtype), jnp.float32)
+    dtype = _linear.accumulator(images, texts)
     batch = images.shape[0]
     how = _sharding.choose_devices(name, (batch, batch), chunk_size, mesh, {"axis": axis})
     operands = _linear.Operands(

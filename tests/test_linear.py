@@ -1,0 +1,468 @@
+"""The chunked head against a dense head in float64."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+import jaxbce
+
+LABELS, WIDTH = 11, 3
+CHUNKS = [1, 4, LABELS, 50, None]  # 4 leaves a ragged last chunk
+POSITIVES = np.array(  # duplicate, empty, out of range, first and last, far out of range
+    [[2, 2, 2, 7], [-1, -1, -1, -1], [LABELS, 3, -LABELS, -7], [0, 10, -1, -1], [-(2**31), 5, 8, 9]]
+)
+
+every_chunk = pytest.mark.parametrize("chunk_size", CHUNKS)
+every_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean", "none"])
+both_targets = pytest.mark.parametrize("target", ["positives", "labels"])
+
+
+def draw(rng, target="positives", dtype=np.float32):
+    """Arguments by name."""
+    rows = len(POSITIVES)
+    drawn = {
+        "features": rng.normal(size=(rows, WIDTH)),
+        "kernel": rng.normal(size=(WIDTH, LABELS)),
+        "bias": rng.normal(size=LABELS),
+        "weight": rng.uniform(0.5, 2, rows),
+        "pos_weight": rng.uniform(0.5, 2, LABELS),
+        "label_smoothing": np.float64(0.1),
+    }
+    if target == "labels":
+        drawn["labels"] = rng.random((rows, LABELS))
+    drawn = {name: jnp.asarray(value, dtype) for name, value in drawn.items()}
+    return drawn if target == "labels" else drawn | {"positives": jnp.asarray(POSITIVES)}
+
+
+def multi_hot(positives, num_labels=LABELS):
+    return (positives[..., None] == np.arange(num_labels)).any(-2).astype(np.float64)
+
+
+def head(arguments, **options):
+    arguments = dict(arguments)
+    layer = [arguments.pop(name, None) for name in ("features", "kernel", "bias")]
+    return jaxbce.linear_bce_with_logits(*layer, **arguments, **options)
+
+
+def dense(arguments, reduction="mean"):
+    """The same with logits, in the dtype of the arguments."""
+    given = dict(arguments)
+    logits = given["features"] @ given["kernel"]
+    if "bias" in given:
+        logits = logits + given["bias"][None]
+    labels = given.get("labels")
+    if labels is None:
+        labels = jnp.asarray(multi_hot(np.asarray(given["positives"])), logits.dtype)
+    rows = jaxbce.bce_with_logits(
+        logits,
+        labels,
+        pos_weight=given.get("pos_weight"),
+        label_smoothing=given.get("label_smoothing", 0.0),
+        reduction="none",
+    ).sum(-1)
+    rows = rows * given.get("weight", jnp.ones_like(rows))
+    divisor = {"mean": logits.size, "batchmean": len(logits)}.get(reduction, 1)
+    return rows if reduction == "none" else rows.sum() / divisor
+
+
+def value_and_gradients(loss, arguments, cotangent=1.0):
+    """In every float argument."""
+    moving = {n: v for n, v in arguments.items() if jnp.issubdtype(v.dtype, jnp.floating)}
+    fixed = {n: v for n, v in arguments.items() if n not in moving}
+
+    @jax.jit
+    def evaluate(moving):
+        value, pullback = jax.vjp(lambda moving: loss(moving | fixed), moving)
+        g = jnp.broadcast_to(jnp.asarray(cotangent, value.dtype), value.shape)
+        return value, pullback(g)[0]
+
+    return evaluate(moving)
+
+
+def in_float64(loss, arguments, *args):
+    with jax.enable_x64(True):
+        wide = {
+            n: jnp.asarray(np.asarray(v), np.float64)
+            if jnp.issubdtype(v.dtype, jnp.floating)
+            else v
+            for n, v in arguments.items()
+        }
+        return jax.tree.map(np.asarray, value_and_gradients(loss, wide, *args))
+
+
+def assert_close(got, expected, rtol=1e-5):
+    """Relative to the norm of each array."""
+
+    def close(got, expected):
+        got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+        assert got.shape == expected.shape
+        assert np.linalg.norm(got - expected) <= rtol * np.linalg.norm(expected)
+
+    jax.tree.map(close, got, expected)
+
+
+# --- value and gradients -------------------------------------------------------------------------
+
+
+@every_chunk
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@both_targets
+def test_value_and_gradients_match_the_dense_head(chunk_size, reduction, target, rng):
+    """Of every argument, with a cotangent that is not 1 and, for "none", differs between rows."""
+    arguments = draw(rng, target)
+    cotangent = rng.normal(size=len(POSITIVES)) if reduction == "none" else np.float64(-1.7)
+    options = {"reduction": reduction, "chunk_size": chunk_size}
+    got = value_and_gradients(functools.partial(head, **options), arguments, cotangent)
+    loss = functools.partial(dense, reduction=reduction)
+    assert_close(got, in_float64(loss, arguments, cotangent))
+
+
+@every_chunk
+def test_plain_positives_match_the_oracle(chunk_size, rng):
+    """Without any option: the path that flips signs."""
+    arguments = {k: draw(rng)[k] for k in ("features", "kernel", "positives")}
+    logits = np.float64(arguments["features"]) @ np.float64(arguments["kernel"])
+    value, slope = oracle.bce_with_logits(logits, multi_hot(POSITIVES))
+    loss, gradients = value_and_gradients(
+        functools.partial(head, reduction="sum", chunk_size=chunk_size), arguments
+    )
+    np.testing.assert_allclose(loss, value.sum(), rtol=1e-6)
+    assert_close(gradients["kernel"], np.float64(arguments["features"]).T @ slope)
+    assert_close(gradients["features"], slope @ np.float64(arguments["kernel"]).T)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 3e-3)])
+def test_kernel_gradient_of_a_fitted_head(dtype, bound, rng):
+    """Logits of scale 32 with the right sign: what is left is in the tails."""
+    rows, num_labels = 64, 300
+    positives = rng.integers(0, num_labels, (rows, 3))
+    sign = 2 * multi_hot(positives, num_labels) - 1
+    features = np.linalg.qr(rng.normal(size=(rows, rows)))[0]
+    kernel = features.T @ (sign * 32 * np.abs(rng.normal(1, 0.3, sign.shape)))
+    features, kernel = (jnp.asarray(x).astype(dtype) for x in (features, kernel))
+    gradient = jax.grad(
+        lambda kernel: jaxbce.linear_bce_with_logits(
+            features, kernel, positives=positives, reduction="sum", chunk_size=128
+        )
+    )(kernel)
+    wide = np.asarray(features, np.float64), np.asarray(kernel, np.float64)
+    logits = wide[0] @ wide[1]
+    assert np.sqrt((logits**2).mean()) == pytest.approx(32, rel=0.1)
+    _, slope = oracle.bce_with_logits(logits, multi_hot(positives, num_labels))
+    assert gradient.dtype == dtype
+    assert_close(gradient, wide[0].T @ slope, bound)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_gradients_have_the_dtype_of_their_argument(dtype, rng):
+    arguments = draw(rng, "labels", dtype)
+    loss, gradients = value_and_gradients(functools.partial(head, chunk_size=4), arguments)
+    assert loss.dtype == np.float32
+    for name, gradient in gradients.items():
+        assert gradient.dtype == dtype
+        assert gradient.shape == arguments[name].shape
+    assert_close(gradients, in_float64(dense, arguments)[1], 1e-2)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "uint32"])
+def test_positives_of_any_integer_dtype(dtype, rng):
+    arguments = draw(rng)
+    ids = np.where(POSITIVES < 0, 100, POSITIVES)
+    expected = head(arguments)
+    assert head(arguments | {"positives": ids.astype(dtype)}) == expected
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8"])
+def test_dense_labels_of_any_real_dtype(dtype, rng):
+    arguments = draw(rng)
+    expected = head(arguments)
+    del arguments["positives"]
+    got = head(arguments | {"labels": multi_hot(POSITIVES).astype(dtype)})
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_a_row_of_weight_zero_hides_what_is_not_finite(rng):
+    arguments = draw(rng)
+    expected_weight = arguments["weight"].at[1].set(0)
+    clean = arguments | {"weight": expected_weight}
+    dirty = clean | {"features": arguments["features"].at[1].set(jnp.nan)}
+    expected, got = (value_and_gradients(head, given) for given in (clean, dirty))
+    assert got[0] == expected[0]
+    np.testing.assert_array_equal(got[1]["kernel"], expected[1]["kernel"])
+    assert not np.any(got[1]["features"][1])
+    assert got[1]["weight"][1] == 0
+
+
+def test_infinite_logits(rng):
+    """Right labels give loss 0 and gradient 0, wrong ones ∞ and a finite gradient."""
+    features, kernel = jnp.ones((1, 1)), jnp.array([[jnp.inf, -jnp.inf]])
+    for positives, loss, slope in (([[0]], 0, [0, 0]), ([[1]], np.inf, [1, -1])):
+        head_of = functools.partial(
+            jaxbce.linear_bce_with_logits, positives=np.array(positives), reduction="sum"
+        )
+        value, gradient = jax.value_and_grad(head_of, argnums=1)(features, kernel)
+        assert value == loss
+        np.testing.assert_array_equal(gradient, [slope])
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5, 2), (2, 3, 0, 2), (2, 0, 5, 2), (2, 3, 5, 0)])
+def test_empty(shape):
+    batch, width, num_labels, size = shape
+    features, kernel = jnp.ones((batch, width)), jnp.ones((width, num_labels))
+    positives = jnp.zeros((batch, size), jnp.int32)
+    value, gradient = jax.value_and_grad(jaxbce.linear_bce_with_logits)(
+        features, kernel, positives=positives
+    )
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
+    if not batch * num_labels:
+        assert value == 0
+
+
+@every_reduction
+def test_divisors(reduction, rng):
+    """Rows × labels for "mean", rows for "batchmean"; the weight is in neither."""
+    arguments = draw(rng)
+    np.testing.assert_allclose(
+        head(arguments, reduction=reduction), dense(arguments, reduction), rtol=1e-6
+    )
+
+
+# --- transformations -----------------------------------------------------------------------------
+
+
+@every_reduction
+def test_leading_axes_are_rows(reduction, rng):
+    arguments = draw(rng)
+    rows = {"features", "weight", "positives"}
+    arguments = {k: jnp.stack([v, v]) if k in rows else v for k, v in arguments.items()}
+    flat = {k: v.reshape(-1, *v.shape[2:]) if k in rows else v for k, v in arguments.items()}
+    got = head(arguments, reduction=reduction, chunk_size=4)
+    expected = head(flat, reduction=reduction, chunk_size=4)
+    np.testing.assert_allclose(got.ravel(), expected.ravel(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kernel_axis", [None, 0])
+def test_vmap(reduction, kernel_axis, rng):
+    arguments = draw(rng)
+    axes = dict.fromkeys(arguments) | {"features": 0, "positives": 0, "weight": 0}
+    axes["kernel"] = kernel_axis
+    stacked = {n: v if axes[n] is None else jnp.stack([v, 2 * v]) for n, v in arguments.items()}
+
+    def gradients(arguments):
+        loss = functools.partial(head, reduction=reduction, chunk_size=4)
+        return value_and_gradients(loss, arguments, 0.5)
+
+    got = jax.vmap(gradients, in_axes=(axes,))(stacked)
+    for i in range(2):
+        one = {n: v if axes[n] is None else v[i] for n, v in stacked.items()}
+        assert_close(jax.tree.map(lambda x, i=i: x[i], got), gradients(one))
+
+
+@pytest.mark.parametrize("transform", ["remat", "scan"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_remat_and_scan(transform, reduction, rng):
+    arguments = draw(rng)
+
+    def loss(arguments):
+        return jnp.sum(head(arguments, reduction=reduction, chunk_size=4))
+
+    def scanned(arguments):
+        def step(total, _):
+            return total + loss(arguments) / 2, None
+
+        return jax.lax.scan(step, jnp.float32(0), None, length=2)[0]
+
+    transformed = jax.checkpoint(loss) if transform == "remat" else scanned
+    assert_close(value_and_gradients(transformed, arguments), value_and_gradients(loss, arguments))
+
+
+@pytest.mark.parametrize(("reduction", "target"), [("mean", "positives"), ("none", "labels")])
+@pytest.mark.parametrize("order", ["forward over reverse", "reverse over reverse"])
+def test_hessian_vector_product(reduction, order, target, rng):
+    """Of features, kernel, bias and pos_weight together, against the dense head."""
+    arguments = draw(rng, target)
+    names = ("features", "kernel", "bias", "pos_weight")
+    point = {name: arguments[name] for name in names}
+    along = {n: jnp.asarray(rng.normal(size=v.shape), v.dtype) for n, v in point.items()}
+
+    def product(loss):
+        def total(point):
+            return jnp.sum(loss(arguments | point, reduction=reduction) ** 2)
+
+        if order == "forward over reverse":
+            return jax.jit(lambda p, t: jax.jvp(jax.grad(total), (p,), (t,))[1])(point, along)
+
+        def slope(point):
+            terms = jax.tree.map(jnp.vdot, jax.grad(total)(point), along)
+            return sum(jax.tree.leaves(terms))
+
+        return jax.jit(jax.grad(slope))(point)
+
+    assert_close(product(functools.partial(head, chunk_size=4)), product(dense), 2e-5)
+
+
+# --- cost, from the compiler ---------------------------------------------------------------------
+
+
+def lowered(fn, batch=256, width=128, num_labels=131_072, **kwargs):
+    shapes = ((batch, width), np.float32), ((width, num_labels), np.float32)
+    arrays = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    bias = jax.ShapeDtypeStruct((num_labels,), np.float32)
+    return jax.jit(fn).lower(*arrays, bias, jax.ShapeDtypeStruct((batch, 8), np.int32))
+
+
+def loss_of(features, kernel, bias, positives, **options):
+    return jaxbce.linear_bce_with_logits(features, kernel, bias, positives=positives, **options)
+
+
+OPTIONS = {"plain": {}, "smoothing": {"label_smoothing": 0.1}}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_memory_is_six_chunks_for_any_number_of_labels(options):
+    batch, chunk_size = 256, 4096
+
+    def gradients(*arguments):
+        loss = functools.partial(loss_of, chunk_size=chunk_size, **options)
+        return jax.value_and_grad(lambda *a: jnp.sum(loss(*a)), argnums=(0, 1, 2))(*arguments)
+
+    temporaries = []
+    for num_labels in (131_072, 1_048_576):
+        compiled = lowered(gradients, batch, num_labels=num_labels).compile()
+        temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
+        assert f"[{batch},{num_labels}]" not in compiled.as_text()
+    assert max(temporaries) <= 6 * batch * chunk_size * 4
+    assert abs(temporaries[1] - temporaries[0]) <= 4 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("argnums", "products"),
+    [((), 1), ((0,), 2), ((1,), 2), ((2,), 1), ((0, 1, 2), 3)],
+    ids=["value", "features", "kernel", "bias", "all"],
+)
+@pytest.mark.parametrize("chunk_size", [131_072, 4096], ids=["one chunk", "loop"])
+def test_a_chunk_takes_only_the_products_it_needs(argnums, products, chunk_size):
+    fn = functools.partial(loss_of, chunk_size=chunk_size)
+    if argnums:
+        fn = jax.value_and_grad(fn, argnums=argnums)
+    text = lowered(fn).compile().as_text()
+    bodies = 1 if chunk_size == 131_072 else 2  # the last chunk is outside the loop
+    assert len(re.findall(r" dot\(", text)) == products * bodies
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_lowers_for_every_platform(platform):
+    gradients = jax.jit(jax.grad(functools.partial(loss_of, chunk_size=4)))
+    arrays = [jnp.ones(shape) for shape in ((2, 3), (3, 10), (10,))]
+    jax.export.export(gradients, platforms=[platform])(*arrays, jnp.zeros((2, 1), jnp.int32))
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"positives": None}, ValueError, "exactly one of positives and labels, got neither"),
+        ({"labels": np.ones((5, LABELS))}, ValueError, "exactly one .* got both"),
+        ({"kernel": np.ones((LABELS, WIDTH), np.float32)}, ValueError, "kernel.T"),
+        ({"bias": np.ones(3, np.float32)}, ValueError, r"bias must have shape \(labels,\)"),
+        ({"weight": np.ones((5, 1))}, ValueError, r"weight must have shape"),
+        ({"pos_weight": np.ones(5)}, ValueError, "pos_weight must have shape"),
+        ({"positives": np.ones((4, 2), int)}, ValueError, "positives must have shape"),
+        ({"positives": np.ones((5, 2))}, TypeError, "positives must be integer"),
+        ({"features": np.ones((5, WIDTH), int)}, TypeError, "features must be floating-point"),
+        ({"features": [[1.0]]}, TypeError, "features must be an array"),
+        ({"chunk_size": 0}, ValueError, "chunk_size must be an int of at least 1, got 0"),
+        ({"chunk_size": 1.5}, ValueError, "chunk_size must be an int"),
+        ({"reduction": "avg"}, ValueError, "reduction must be one of mean, sum"),
+        ({"label_smoothing": 2.0}, ValueError, "label_smoothing must be in"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_errors_name_the_argument(change, error, message, rng):
+    with pytest.raises(error, match=f"linear_bce_with_logits: .*{message}"):
+        head(draw(rng) | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"positives": np.full((5, 1), LABELS)}, "positives must be .* got 11"),
+        ({"positives": None, "labels": np.full((5, LABELS), 1.5)}, "labels must be .* got 1.5"),
+        ({"label_smoothing": np.float32(-1)}, "label_smoothing must be .* got -1"),
+    ],
+    ids=["positives", "labels", "label_smoothing"],
+)
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_checked(change, message, differentiated, rng):
+    arguments = draw(rng) | {"positives": np.maximum(POSITIVES % LABELS, -1)} | change
+    features = arguments.pop("features")
+
+    def loss(features):
+        return head({"features": features} | arguments, chunk_size=4)
+
+    with pytest.raises(ValueError, match=f"linear_bce_with_logits: {message}"):
+        jaxbce.checked(jax.grad(loss) if differentiated else loss)(features)
+
+
+# --- top k ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 5, LABELS])
+@every_chunk
+def test_top_k_is_that_of_the_dense_logits(k, chunk_size, rng):
+    """Ties included: small integers repeat within and across chunks; -inf is a logit too."""
+    features = rng.integers(-2, 3, (2, 3, WIDTH)).astype(np.float32)
+    kernel = rng.integers(-1, 2, (WIDTH, LABELS)).astype(np.float32)
+    bias = jnp.zeros(LABELS).at[jnp.array([1, 6])].set(-jnp.inf)
+    expected = jax.lax.top_k(features @ kernel + bias[None, None], k)
+    got = jaxbce.linear_top_k(features, kernel, bias, k=k, chunk_size=chunk_size)
+    np.testing.assert_array_equal(got[0], expected[0])
+    np.testing.assert_array_equal(got[1], expected[1])
+
+
+def test_top_k_holds_no_logits():
+    def top(features, kernel, bias, positives):
+        return jaxbce.linear_top_k(features, kernel, bias, k=10, chunk_size=4096)
+
+    compiled = lowered(top).compile()
+    assert "[256,131072]" not in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes <= 6 * 256 * 4096 * 4
+
+
+@pytest.mark.parametrize("k", [0, LABELS + 1, 2.0])
+def test_top_k_out_of_range(k):
+    with pytest.raises(ValueError, match=f"linear_top_k: k must be an int .* at most {LABELS}"):
+        jaxbce.linear_top_k(jnp.ones(3), jnp.ones((3, LABELS)), k=k)
+
+
+# --- pairs of embeddings -------------------------------------------------------------------------
+
+
+@every_chunk
+def test_siglip_loss_is_that_of_all_pairs(chunk_size, rng):
+    images, texts = (jnp.asarray(rng.normal(size=(7, 4)), jnp.float32) for _ in range(2))
+    arguments = images, texts, jnp.float32(0.7), jnp.float32(-2.0)
+
+    def pairs(images, texts, log_scale, bias):
+        logits = jnp.exp(log_scale) * images @ texts.T + bias
+        return jaxbce.bce_with_logits(logits, jnp.eye(7), reduction="batchmean")
+
+    def loss(*arguments):
+        return jaxbce.siglip_loss(*arguments, chunk_size=chunk_size)
+
+    expected = jax.value_and_grad(pairs, argnums=range(4))(*arguments)
+    assert_close(jax.value_and_grad(loss, argnums=range(4))(*arguments), expected)
+
+
+def test_siglip_loss_needs_as_many_texts_as_images():
+    with pytest.raises(ValueError, match="siglip_loss: text_embeddings must have shape"):
+        jaxbce.siglip_loss(jnp.ones((3, 2)), jnp.ones((4, 2)), 0.0, 0.0)

@@ -1,0 +1,208 @@
+"""The chunked head on a mesh of eight virtual devices against the same head on one."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from test_linear import assert_close, head, value_and_gradients
+
+import jaxbce
+
+ROWS, WIDTH, LABELS = 8, 3, 24
+AXES = {
+    "both": {"batch_axis": "data", "label_axis": "model"},
+    "batch": {"batch_axis": "data"},
+    "labels": {"label_axis": "model"},
+}
+every_layout = pytest.mark.parametrize("axes", AXES.values(), ids=AXES)
+
+
+@pytest.fixture
+def mesh():
+    return jax.make_mesh((2, 4), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
+
+
+def draw(rng, target="positives", dtype=np.float32):
+    drawn = {
+        "features": rng.normal(size=(ROWS, WIDTH)),
+        "kernel": rng.normal(size=(WIDTH, LABELS)),
+        "bias": rng.normal(size=LABELS),
+        "weight": rng.uniform(0.5, 2, ROWS),
+        "pos_weight": rng.uniform(0.5, 2, LABELS),
+        "label_smoothing": np.float64(0.1),
+    }
+    if target == "labels":
+        drawn["labels"] = rng.random((ROWS, LABELS))
+    drawn = {name: jnp.asarray(value, dtype) for name, value in drawn.items()}
+    if target == "positives":  # duplicates, padding and ids of every shard
+        drawn["positives"] = jnp.asarray(rng.integers(-2, LABELS + 2, (ROWS, 6)))
+    return drawn
+
+
+@every_layout
+@pytest.mark.parametrize(("reduction", "target"), [("mean", "labels"), ("none", "positives")])
+def test_value_and_gradients_are_those_of_one_device(axes, reduction, target, mesh, rng):
+    """Of every argument, with chunks that do not divide a shard."""
+    arguments = draw(rng, target)
+    cotangent = rng.normal(size=ROWS) if reduction == "none" else 0.7
+    one = functools.partial(head, reduction=reduction, chunk_size=4)
+    many = functools.partial(one, mesh=mesh, **axes)
+    got = value_and_gradients(many, arguments, cotangent)
+    assert_close(got, value_and_gradients(one, arguments, cotangent))
+
+
+def test_plain_positives_are_ids_of_the_whole_kernel(mesh, rng):
+    arguments = {k: v for k, v in draw(rng).items() if k in ("features", "kernel", "positives")}
+    many = functools.partial(head, mesh=mesh, **AXES["both"])
+    assert_close(value_and_gradients(many, arguments), value_and_gradients(head, arguments))
+
+
+def test_bfloat16_on_a_mesh(mesh, rng):
+    arguments = draw(rng, "labels", jnp.bfloat16)
+    many = functools.partial(head, mesh=mesh, chunk_size=4, **AXES["both"])
+    got, expected = value_and_gradients(many, arguments), value_and_gradients(head, arguments)
+    assert_close(got, expected, 1e-2)
+
+
+def test_eager_gradient_on_a_mesh(mesh, rng):
+    arguments = draw(rng)
+    features = arguments.pop("features")
+
+    def loss(features, **options):
+        return head({"features": features} | arguments, **options)
+
+    got = jax.grad(loss)(features, mesh=mesh, **AXES["both"])
+    assert_close(got, jax.grad(loss)(features))
+
+
+@pytest.mark.parametrize("order", ["forward over reverse", "reverse over reverse"])
+def test_hessian_vector_product(order, mesh, rng):
+    arguments = draw(rng)
+    point = {name: arguments[name] for name in ("features", "kernel", "bias")}
+    along = {n: jnp.asarray(rng.normal(size=v.shape), v.dtype) for n, v in point.items()}
+
+    def product(**options):
+        def total(point):
+            return head(arguments | point, chunk_size=4, reduction="sum", **options)
+
+        if order == "forward over reverse":
+            return jax.jit(lambda p, t: jax.jvp(jax.grad(total), (p,), (t,))[1])(point, along)
+
+        def slope(point):
+            terms = jax.tree.map(jnp.vdot, jax.grad(total)(point), along)
+            return sum(jax.tree.leaves(terms))
+
+        return jax.jit(jax.grad(slope))(point)
+
+    assert_close(product(mesh=mesh, **AXES["both"]), product())
+
+
+# --- communication, from the compiler ------------------------------------------------------------
+
+
+def collectives(text):
+    """The number of elements of every result of a collective."""
+    sizes = []
+    for line in text.splitlines():
+        op = r" (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+        if match := re.search(rf"= (.*?){op}", line):
+            shapes = re.findall(r"\w+\[([\d,]*)\]", match.group(1))
+            sizes += [int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes]
+    return sizes
+
+
+def compiled_gradients(num_labels, mesh, axes, batch=64, width=16):
+    batch_axis, label_axis = axes.get("batch_axis"), axes.get("label_axis")
+
+    def array(shape, *spec, dtype=np.float32):
+        return jax.ShapeDtypeStruct(
+            shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec))
+        )
+
+    def loss(features, kernel, bias, positives):
+        return jaxbce.linear_bce_with_logits(
+            features, kernel, bias, positives=positives, mesh=mesh, chunk_size=512, **axes
+        )
+
+    arguments = (
+        array((batch, width), batch_axis, None),
+        array((width, num_labels), None, label_axis),
+        array((num_labels,), label_axis),
+        array((batch, 4), batch_axis, None, dtype=np.int32),
+    )
+    gradients = jax.value_and_grad(loss, argnums=(0, 1, 2))
+    return jax.jit(gradients).lower(*arguments).compile()
+
+
+def test_no_collective_grows_with_the_labels(mesh):
+    small, large = (
+        collectives(compiled_gradients(labels, mesh, AXES["labels"]).as_text())
+        for labels in (2**14, 2**17)
+    )
+    assert small
+    assert sorted(small) == sorted(large)
+
+
+def test_with_data_parallel_rows_only_the_gradient_of_kernel_and_bias_is_reduced(mesh):
+    num_labels = 2**16
+    text = compiled_gradients(num_labels, mesh, AXES["both"]).as_text()
+    growing = [size for size in collectives(text) if size >= num_labels // 4]
+    assert sorted(growing) == [num_labels // 4, 16 * num_labels // 4]
+    assert f"[64,{num_labels}]" not in text
+    assert f"[32,{num_labels // 4}]" not in text
+
+
+# --- pairs of embeddings -------------------------------------------------------------------------
+
+
+def test_siglip_loss_on_a_mesh(mesh, rng):
+    images, texts = (jnp.asarray(rng.normal(size=(8, 3)), jnp.float32) for _ in range(2))
+    arguments = images, texts, jnp.float32(0.5), jnp.float32(-1.0)
+
+    def value_and_gradients(**options):
+        loss = functools.partial(jaxbce.siglip_loss, **options)
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(*arguments)
+
+    assert_close(value_and_gradients(mesh=mesh, axis="model", chunk_size=3), value_and_gradients())
+
+
+def test_siglip_loss_on_a_mesh_holds_no_pairs(mesh):
+    batch = 2048
+    sharding = NamedSharding(mesh, PartitionSpec("model", None))
+    array = jax.ShapeDtypeStruct((batch, 16), np.float32, sharding=sharding)
+    loss = functools.partial(jaxbce.siglip_loss, mesh=mesh, axis="model", chunk_size=256)
+    text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(array, array, 0.0, 0.0).compile().as_text()
+    assert f"[{batch // 4},{batch}]" not in text
+    assert max(collectives(text)) <= batch * 16
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_axis": "model", "label_axis": "data"}, "label_axis 'data' has 2 .* the size 23"),
+        ({"batch_axis": "seven"}, "batch_axis must be an axis of the mesh, one of data, model"),
+        ({}, "mesh and batch_axis or label_axis go together"),
+        ({"mesh": None, "batch_axis": "data"}, "mesh and batch_axis or label_axis go together"),
+    ],
+    ids=["does not divide", "unknown axis", "no axis", "no mesh"],
+)
+def test_errors_name_the_axis(options, message, mesh):
+    with pytest.raises(ValueError, match=f"linear_bce_with_logits: {message}"):
+        jaxbce.linear_bce_with_logits(
+            jnp.ones((8, 3)),
+            jnp.ones((3, 23)),
+            positives=jnp.zeros((8, 1), jnp.int32),
+            **({"mesh": mesh} | options),
+        )
+
+
+def test_siglip_loss_names_its_axis(mesh):
+    with pytest.raises(ValueError, match="siglip_loss: axis 'model' has 4 .* the size 6"):
+        jaxbce.siglip_loss(jnp.ones((6, 2)), jnp.ones((6, 2)), 0.0, 0.0, mesh=mesh, axis="model")

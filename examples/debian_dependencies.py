@@ -50,6 +50,7 @@ NEEDS = (
     "This example needs the package lists of a Debian or Ubuntu machine (run `apt-get update`), or "
     "the output of its `apt-cache dumpavail` in a file given by --available."
 )
+NAMES = "names.json"
 VOCABULARY, TEST_PART, CUTOFFS = 15_000, 5, (1, 3, 5)
 WIDTH, BATCH, LEARNING_RATE, DECAY = 64, 256, 4e-2, 0.1
 
@@ -83,8 +84,7 @@ def read_available(path: Path | None) -> str:
         return path.read_text()
     if shutil.which("apt-cache") is None:
         raise SystemExit(NEEDS)
-    command = ["apt-cache", "dumpavail"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return subprocess.check_output(["apt-cache", "dumpavail"], text=True)
 
 
 def parse_packages(text: str) -> list[Package]:
@@ -271,6 +271,10 @@ def open_checkpoints(workdir: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
 
 
+def read_names(workdir: Path) -> dict[str, Any]:
+    return json.loads((workdir / NAMES).read_text())
+
+
 def restore(checkpoints: ocp.CheckpointManager, target: State) -> State:
     """The parts named in `target`, from the last checkpoint."""
     parts = {name: ocp.args.StandardRestore(part) for name, part in target.items()}
@@ -281,17 +285,16 @@ def restore(checkpoints: ocp.CheckpointManager, target: State) -> State:
 def train(data: Data, args: argparse.Namespace) -> Trainer:
     """Trains the chunked head up to args.epochs; saves names once and the state every epoch."""
     names = {"seed": args.seed, "words": data.words, "labels": data.labels}
-    names_path = args.workdir / "names.json"
     if not args.resume:
         shutil.rmtree(args.workdir / "checkpoints", ignore_errors=True)
     trainer = Trainer(data, args.seed, chunked_loss)
     with open_checkpoints(args.workdir) as checkpoints:
         done = checkpoints.latest_step() or 0
         if args.resume:
-            if not done or json.loads(names_path.read_text()) != names:
+            if not done or read_names(args.workdir) != names:
                 raise SystemExit(f"No run of these data and this seed to resume in {args.workdir}.")
             trainer.set_state(restore(checkpoints, trainer.state()))
-        names_path.write_text(json.dumps(names))
+        (args.workdir / NAMES).write_text(json.dumps(names))
         for epoch in range(done + 1, args.epochs + 1):
             trainer.train_epoch(epoch, f"chunked head, epoch {epoch}/{args.epochs}")
             parts = {name: ocp.args.StandardSave(part) for name, part in trainer.state().items()}
@@ -324,7 +327,7 @@ def compare(data: Data, args: argparse.Namespace) -> dict[str, list[float]]:
 
 def predict(description: str, workdir: Path) -> list[tuple[str, float]]:
     """Prints and returns the ten likeliest dependencies, by the checkpoint in workdir."""
-    names = json.loads((workdir / "names.json").read_text())
+    names = read_names(workdir)
     words, labels = names["words"], names["labels"]
     known = pad([split_words(description)], words, fill=len(words))
     if not known.size:
@@ -347,16 +350,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--epochs", type=int, default=1, help="epochs in total, with those already done")
     add("--seed", type=int, default=0, help="decides weights and batches")
-    workdir = "where the run is written; without --resume, a run that is there is overwritten"
-    add("--workdir", type=Path, default=Path("runs/debian"), help=workdir)
-    again = "continue the run in workdir, exactly as if it had never stopped"
-    add("--resume", action="store_true", help=again)
-    file = "the output of `apt-cache dumpavail` in a file, instead of running it"
-    add("--available", type=Path, metavar="FILE", help=file)
+    add("--workdir", type=Path, default=Path("runs/debian"), help="where the run is written")
+    add("--resume", action="store_true", help="continue the run in workdir, bit for bit")
+    add("--available", type=Path, help="a file with the output of `apt-cache dumpavail`")
     dense = "also train the same model with a dense optax head"
     add("--dense", action=argparse.BooleanOptionalAction, default=True, help=dense)
-    ask = "print ten dependencies by the run in workdir, which is trained if there is none"
-    add("--predict", metavar="DESCRIPTION", help=ask)
+    add("--predict", help="print the dependencies of this description; train if there is no run")
     args = parser.parse_args(argv)
     if args.epochs < 1 or args.seed < 0:
         parser.error("--epochs must be at least 1 and --seed at least 0")

@@ -127,9 +127,6 @@ def test_dtypes(dtype, param_dtype):
         jnp.dtype(param_dtype)
     }
     assert loss.dtype == head(x).dtype == head.top_k(x, 2)[0].dtype == jnp.float32
-    low = "bfloat16" in (dtype, param_dtype)
-    exact = make(prior=0.1).loss(features(), positives=POSITIVES)
-    np.testing.assert_allclose(loss, exact, rtol=2e-2 if low else 1e-6)
     expected = jaxbce.bce_with_logits(head(x), jaxbce.multi_hot(POSITIVES, LABELS))
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
 

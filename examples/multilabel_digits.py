@@ -10,7 +10,7 @@ each. Everything else is the same: images, batches, network, optimizer, epochs.
 Data: the 1797 digits of 8 x 8 pixels bundled with scikit-learn (UCI "Optical Recognition of
 Handwritten Digits", CC BY 4.0). They are split 3 : 1 : 1 by class, and only then are 0 to 4 of a
 part placed on each canvas of 24 x 24 pixels of that part: no digit image is in two. A digit
-is present in about 18 % of the images.
+is present in 18 % of the images.
 
 Expected on the test part: the median of seeds 0, 1, 2 and (lowest-highest). F1 is at the threshold
 that is best in validation, one for all labels; the program also prints it at 0.5.

@@ -1,4 +1,36 @@
-"""PLACEHOLDER"""
+"""Four losses on images of several handwritten digits: which of ten digits are present?
+
+    pip install "jaxbce[examples]"
+    python examples/multilabel_digits.py           # about 130 s of CPU time; --help for options
+
+A small convolutional network (Flax NNX) is trained from scratch with plain binary cross-entropy,
+with `balanced_pos_weight`, with `sigmoid_focal_loss` and with `asymmetric_loss`, from three seeds
+each. Everything else is the same: images, batches, network, optimizer, epochs.
+
+Data: the 1797 digits of 8 x 8 pixels bundled with scikit-learn (UCI "Optical Recognition of
+Handwritten Digits", CC BY 4.0). They are split 3 : 1 : 1 by class, and only then are 0 to 4 of a
+part placed on each canvas of 24 x 24 pixels of that part: no digit image is in two. A digit
+is present in 18 % of the images.
+
+Expected on the test part: the median of seeds 0, 1, 2 and (lowest-highest). F1 is at the threshold
+that is best in validation, one for all labels; the program also prints it at 0.5.
+
+                     mAP                      micro-F1                 macro-F1
+    BCE              0.9196 (0.9040-0.9328)   0.8651 (0.8632-0.8737)   0.8628 (0.8559-0.8695)
+    BCE, pos_weight  0.9726 (0.9606-0.9728)   0.9171 (0.9105-0.9275)   0.9165 (0.9082-0.9263)
+    focal            0.8150 (0.8027-0.8323)   0.7613 (0.7410-0.7722)   0.7520 (0.7362-0.7598)
+    asymmetric       0.9537 (0.9315-0.9624)   0.9059 (0.8728-0.9091)   0.9041 (0.8685-0.9077)
+
+BCE with pos_weight wins every column, asymmetric comes second, plain BCE third and focal loss last.
+The runs are short, four epochs, so how fast a loss learns counts as much as where it ends; longer
+training was not compared. The hyper-parameters are the published ones, tuned for no loss: alpha =
+0.25 of focal loss weights positives down. At threshold 0.5 focal and asymmetric loss lose 11 to 16
+points of F1: their outputs are scores and not probabilities, so choose the threshold on validation
+data.
+
+Writes to the workdir: `metrics.jsonl` (an object per epoch), `comparison.png` (every metric, loss
+and seed) and `predictions.png` (test images over the probabilities of two of the losses).
+"""
 
 import argparse
 import functools

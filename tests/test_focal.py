@@ -202,7 +202,16 @@ def test_stop_focus_gradient(clip, rng):
         (asymmetric, {"clip": 1.0}, r"asymmetric_loss: clip must be in \[0, 1\), got 1.0"),
         (asymmetric, {"clip": -0.1}, r"asymmetric_loss: clip must be in \[0, 1\), got -0.1"),
     ],
-    ids=lambda value: "=".join(map(str, *value.items())) if isinstance(value, dict) else "",
+    ids=[
+        "gamma < 0",
+        "infinite gamma",
+        "nan gamma",
+        "alpha > 1",
+        "gamma_neg < 0",
+        "gamma_pos < 0",
+        "clip = 1",
+        "clip < 0",
+    ],
 )
 def test_hyper_parameters_out_of_range(loss, options, message):
     with pytest.raises(ValueError, match=message):
@@ -224,7 +233,9 @@ def test_alpha_of_one_and_numpy_numbers_are_fine():
 
 
 @pytest.mark.parametrize("unknown", [np.nan, -1.0], ids=["nan", "-1"])
-@pytest.mark.parametrize("loss", [jaxbce.bce_with_logits, focal, asymmetric])
+@pytest.mark.parametrize(
+    "loss", [jaxbce.bce_with_logits, focal, asymmetric], ids=["bce", "focal", "asymmetric"]
+)
 def test_training_through_unknown_labels(loss, unknown, rng):
     """A linear model gets, at each of 20 steps, exactly the gradient of the known labels."""
     features = rng.normal(size=(16, 5)).astype(np.float32)

@@ -35,6 +35,41 @@ def test_bce_matches_50_digits(p, y):
     assert float(derivative) == pytest.approx(float(slope), rel=1e-4)
 
 
+def exact_focal(x, y, gamma, alpha):
+    p, q = 1 / (1 + mpmath.exp(-x)), 1 / (1 + mpmath.exp(x))
+    balance = 1 if alpha is None else y * alpha + (1 - y) * (1 - alpha)
+    entropy = -(1 - y) * mpmath.log(q) - y * mpmath.log(p)
+    return balance * (y * q + (1 - y) * p) ** gamma * entropy
+
+
+def exact_asymmetric(x, y, gamma_neg, gamma_pos, clip):
+    p, q = 1 / (1 + mpmath.exp(-x)), 1 / (1 + mpmath.exp(x))
+    m = max(p - clip, mpmath.mpf(0))
+    return -y * q**gamma_pos * mpmath.log(p) - (1 - y) * m**gamma_neg * mpmath.log(1 - m)
+
+
+@pytest.mark.parametrize("y", [0.0, 0.3, 1.0], ids="y={}".format)
+@pytest.mark.parametrize("x", [-60.0, -17.0, -2.9, -1e-3, 0.0, 0.7, 17.0, 60.0], ids="x={}".format)
+@pytest.mark.parametrize(
+    ("reference", "exact", "options"),
+    [
+        (oracle.focal, exact_focal, (2.0, None)),
+        (oracle.focal, exact_focal, (0.5, 0.25)),
+        (oracle.asymmetric, exact_asymmetric, (4.0, 1.0, 0.05)),
+        (oracle.asymmetric, exact_asymmetric, (0.5, 0.25, 0.0)),
+    ],
+    ids=["focal", "focal-alpha", "asymmetric", "asymmetric without clip"],
+)
+def test_focused_losses_match_400_digits(reference, exact, options, x, y):
+    with mpmath.workdps(400):
+        step = mpmath.mpf(10) ** -100
+        below, at, above = (exact(mpmath.mpf(x) + k * step, y, *options) for k in (-1, 0, 1))
+        expected = float(at), float((above - below) / (2 * step))
+    got = reference(np.float64(x), np.float64(y), *options)
+    # At x = -2.9 and clip = 0.05, p - clip has lost two digits and its fourth power a third.
+    assert got == pytest.approx(expected, rel=1e-12, abs=0)
+
+
 @pytest.mark.parametrize(
     ("got", "expected", "error"),
     [

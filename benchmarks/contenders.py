@@ -37,6 +37,15 @@ def optax_mean(logits: Any, labels: Any, options: Options) -> jax.Array:
     return mean(loss, **options)
 
 
+def keras_mean(logits: Any, labels: Any, options: Options) -> jax.Array:
+    from keras import ops  # only `cpu.py` needs it
+
+    loss = ops.binary_crossentropy(labels, logits, from_logits=True)
+    if "pos_weight" in options:
+        loss = loss * (1 + (options["pos_weight"] - 1) * labels)
+    return mean(loss, **options)
+
+
 def textbook_value(x: jax.Array, y: jax.Array, q: jax.Array | None) -> jax.Array:
     softplus = jnp.log1p(jnp.exp(-jnp.abs(x)))
     if q is None:
@@ -66,3 +75,22 @@ textbook.defvjp(textbook_fwd, textbook_bwd)
 
 def textbook_mean(logits: Any, labels: Any, options: Options) -> jax.Array:
     return mean(textbook(logits, labels, options.get("pos_weight")), **options)
+
+
+def naive(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The logarithm of the sigmoid, differentiated by JAX."""
+    p = jax.nn.sigmoid(x)
+    return -(y * jnp.log(p) + (1 - y) * jnp.log(1 - p))
+
+
+def textbook_elementwise(x: jax.Array, y: jax.Array) -> jax.Array:
+    return textbook(x, y, None)
+
+
+# (logits, labels) -> one loss per logit
+ELEMENTWISE = {
+    "jaxbce": jaxbce.sigmoid_binary_cross_entropy,
+    "optax": optax.sigmoid_binary_cross_entropy,
+    "textbook": textbook_elementwise,
+    "naive": naive,
+}

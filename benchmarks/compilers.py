@@ -1,6 +1,6 @@
 """Claim: compiled for a TPU v5e and for an H100, the mean loss with its gradient moves every input
-and the gradient once, holds no temporary of the size of the logits and evaluates one transcendental
-function per element; float32 and bfloat16, with pos_weight, weight and where.
+and the gradient once, holds no temporary of the size of the logits and evaluates one or two
+exponentials per element; float32 and bfloat16, with pos_weight, weight and where.
 
 Both compilers run without the hardware. What they say is exact and has no noise; it is not a time.
 

@@ -1,6 +1,6 @@
-"""Claim: the gradient is right to the last digit at every logit, and no other common form is.
+"""Claim: the gradient is within 2 ULP at every logit, and no other common form is.
 
-python benchmarks/numerics.py        # draws docs/numerics.png
+Draws docs/numerics.png: the worst relative error among 500 random logits in each of 320 intervals.
 """
 
 import itertools
@@ -12,11 +12,11 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))
 
 import oracle
 
+PICTURE = pathlib.Path(__file__).parents[1] / "docs" / "numerics.png"
 LIMIT = 40
 FLOOR = 2.0**-26  # what is drawn for an error of 0
 # What is drawn later covers what was drawn before; dashes show what lies below.
@@ -62,8 +62,8 @@ def main():
     axes[0].text(-LIMIT + 1, 2.0**-24 * 0.6, "float32 rounding", color="grey", va="top")
     axes[0].set_yticks([1e-6, 1e-4, 1e-2, 1], ["0.0001 %", "0.01 %", "1 %", "100 %"])
     axes[1].legend(loc="upper left")
-    (ROOT / "docs").mkdir(exist_ok=True)
-    figure.savefig(ROOT / "docs" / "numerics.png", dpi=130)
+    PICTURE.parent.mkdir(exist_ok=True)
+    figure.savefig(PICTURE, dpi=130)
 
 
 if __name__ == "__main__":

@@ -204,5 +204,5 @@ def test_errors_name_the_axis(options, message, mesh):
 
 
 def test_siglip_loss_names_its_axis(mesh):
-    with pytest.raises(ValueError, match="siglip_loss: axis 'model' has 4 .* the size 6"):
+    with pytest.raises(ValueError, match=r"siglip_loss: axis 'model' has 4 .* the size 6"):
         jaxbce.siglip_loss(jnp.ones((6, 2)), jnp.ones((6, 2)), 0.0, 0.0, mesh=mesh, axis="model")

@@ -162,14 +162,15 @@ sigmoid_slope = with_jvp(sigmoid_slope_value, sigmoid_slope_partials)
 
 def bce_with_logits_value(x: jax.Array, y: jax.Array, q: jax.Array | None) -> jax.Array:
     # slope = 1 - y where x > 0, q y where x < 0; without `where`, which keeps XLA on a CPU from
-    # fusing the loss into its sum and so costs one more array of the size of the logits.
-    magnitude = jnp.abs(x)
+    # fusing the loss into its sum and so costs one more array of the size of the logits. So does
+    # what the derivative computes too, hence no `abs`: it would be kept for it.
+    magnitude = jnp.maximum(x, -x)
     sign = jnp.sign(x)
-    positive = jnp.maximum(sign, 0)
+    positive = sign * 0.5 + 0.5
     slope = (positive - y) * sign
-    curvature = log1p_unit(jnp.exp(-magnitude))
+    curvature = log1p_unit(jnp.exp(jnp.minimum(x, -x)))
     if q is not None:
-        slope = slope * (positive - jnp.minimum(sign, 0) * q)
+        slope = slope * (positive + (0.5 - sign * 0.5) * q)
         curvature = curvature * ((1 - y) + q * y)
     # Scaled down, capped and scaled up again, an infinite |x| gives 0 where slope is 0 and ∞ where
     # it is not; |x| < 2^-46, which the scaling flushes, is far below half an ULP of the log1p.

@@ -311,7 +311,12 @@ def evaluate_arrays(
     weight = check.broadcast("weight", weight)
     where = check.mask(where)
 
-    keep = _reduce.kept(x + y, weight, where)
+    # Not finite where the loss is not: a probability outside [0, 1] gives NaN, a large logit times
+    # pos_weight may overflow.
+    bound = y + (jnp.sqrt(x * (1 - x)) if kernel is _kernels.bce else x)
+    for extra in extras:
+        bound = bound if extra is None else bound * jnp.maximum(extra, 1)
+    keep = _reduce.kept(bound, weight, where)
     if check.scores_name == "probs":
         check.unit_interval("probs", x, keep)
     check.unit_interval("labels", y, keep)

@@ -32,8 +32,6 @@ def reduce_loss(
     mean = Σ loss / number of elements where `where` holds; batchmean = Σ loss / number of rows with
     such an element. The weight is in no divisor, and a divisor of 0 counts as 1.
     """
-    # Again, for a finite logit whose loss overflows.
-    keep = kept(loss, weight, keep)
     if weight is not None:
         loss = loss * weight
     if keep is not None:

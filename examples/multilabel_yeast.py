@@ -170,6 +170,7 @@ class Trainer:
         self.validation = jax.device_put(data.validation, self.replicated)
         self.pos_weight = jax.device_put(positive_weights(data, weigh_positives), self.replicated)
         self.model = Classifier(nnx.Rngs(seed))
+        self.model.output.bias[...] = jaxbce.prior_bias(data.train.labels)
         tx = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         self.optimizer = nnx.Optimizer(self.model, tx, wrt=nnx.Param)
         self.set_state(jax.device_put(self.state(), self.replicated))
@@ -212,12 +213,11 @@ class Trainer:
         return np.asarray(predict(self.model, test, self.pos_weight)[1])
 
 
-def positive_weights(data: Data, weigh_positives: bool) -> np.ndarray:
+def positive_weights(data: Data, weigh_positives: bool) -> jax.Array:
     """Negatives / positives of each label in training, at most MAX_POS_WEIGHT; or ones."""
     if not weigh_positives:
-        return np.ones(LABELS, np.float32)
-    positives = data.train.labels.sum(axis=0)
-    return np.minimum((len(data.train.labels) - positives) / positives, MAX_POS_WEIGHT)
+        return jnp.ones(LABELS)
+    return jaxbce.balanced_pos_weight(data.train.labels, max_weight=MAX_POS_WEIGHT)
 
 
 def open_checkpoints(directory: Path) -> ocp.CheckpointManager:

@@ -275,8 +275,12 @@ row_losses.defvjp(row_losses_fwd, row_losses_bwd, symbolic_zeros=True)
 
 
 def default_chunk_size(batch: int, num_labels: int) -> int:
-    """A chunk whose logits stay in the cache; all labels where one chunk is faster than several."""
-    chunk_size = max(2**20 // max(batch, 1) // 128 * 128, 512)
+    """All labels where one chunk is faster than several, else a good part of them.
+
+    On a CPU that is one whose logits stay in the cache; elsewhere larger products are faster.
+    """
+    cells, most = (2**19, 2048) if jax.default_backend() == "cpu" else (2**23, 2**15)
+    chunk_size = min(max(cells // max(batch, 1) // 128 * 128, 512), most)
     return num_labels if num_labels <= 2 * chunk_size else chunk_size
 
 

@@ -111,10 +111,8 @@ LOSSES = [
         pos_weight=True,
     ),
     Loss("bce", jaxbce.bce, oracle.bce, probs=True),
-    focal(gamma=2.0),
     focal(gamma=0.5, alpha=0.25, symmetric=False, limits=((np.inf, 0.75), (np.inf, -0.25))),
     asymmetric(limits=((-(0.95**4) * np.log(0.05), 0), (np.inf, -1))),
-    asymmetric(gamma_neg=0.5, gamma_pos=0.25, clip=0.0),
 ]
 
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)

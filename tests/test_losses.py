@@ -211,7 +211,9 @@ def test_garbage_behind_a_mask_or_a_zero_weight_leaves_no_trace(loss, how, rng):
     value, gradients = value_and_gradients(scores, labels, option)
     for garbage in GARBAGE:
         dirty_scores = np.where(where, scores, garbage).astype(np.float32)
-        dirty_labels = np.where(where, labels, 1.0 if garbage > 7 else garbage).astype(np.float32)
+        dirty_labels = np.where(where, labels, 1.0 if np.isfinite(garbage) else garbage).astype(
+            np.float32
+        )
         dirty, (*got, by_option) = value_and_gradients(dirty_scores, dirty_labels, option)
         chex.assert_trees_all_close((dirty, got), (value, list(gradients[:2])), rtol=1e-6)
         if how == "weight" and not np.isfinite(garbage):

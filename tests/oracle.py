@@ -51,7 +51,7 @@ def focal(x, y, gamma, alpha=None):
         slope = np.select([y == 0, y == 1], [q, -p], (1 - 2 * y) * p * q / np.exp(log_m))
     value, derivative = bce_with_logits(x, y)
     factor = balance * np.exp(gamma * log_m)
-    return factor * value, factor * (gamma * slope * value + derivative)
+    return times(factor, value), times(factor, gamma * times(slope, value) + derivative)
 
 
 def asymmetric(x, y, gamma_neg=4.0, gamma_pos=1.0, clip=0.05):
@@ -65,10 +65,10 @@ def asymmetric(x, y, gamma_neg=4.0, gamma_pos=1.0, clip=0.05):
     else:
         factor, slope = np.exp(-gamma_neg * softplus(-x)), q
         negative, negative_slope = softplus(x), p
-    value = y * positive * softplus(-x) + (1 - y) * factor * negative
-    positive_slope = positive * (gamma_pos * p * softplus(-x) + q)
+    value = times(y * positive, softplus(-x)) + times((1 - y) * factor, negative)
+    positive_slope = times(positive, gamma_pos * times(p, softplus(-x)) + q)
     negative_slope = np.where(
-        factor > 0, factor * (gamma_neg * slope * negative + negative_slope), 0
+        factor > 0, factor * (gamma_neg * times(slope, negative) + negative_slope), 0
     )
     return value, (1 - y) * negative_slope - y * positive_slope
 

@@ -74,6 +74,7 @@ def elementwise_loss(
     pos_weight: jax.Array | None = None,
     label_smoothing: jax.Array | None = None,
 ) -> jax.Array:
+    dense = labels is not None
     if labels is None:
         assert signs is not None
         if pos_weight is None and label_smoothing is None:
@@ -81,7 +82,11 @@ def elementwise_loss(
         labels = jnp.maximum(-signs, 0)
     if label_smoothing is not None:
         labels = labels * (1 - label_smoothing) + label_smoothing / 2
-    return _kernels.over(_kernels.bce_with_logits_forward, 2)(logits, labels, pos_weight)
+    if dense:
+        return _kernels.over(_kernels.bce_with_logits_forward, 2)(logits, labels, pos_weight)
+    # One array of a chunk less, where no gradient of the labels themselves is wanted.
+    positive = labels if pos_weight is None else pos_weight * labels
+    return _kernels.over(_kernels.softplus_mix, 2)(logits, 1 - labels, positive)
 
 
 def row_sums(loss: jax.Array) -> jax.Array:

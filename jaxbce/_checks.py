@@ -224,6 +224,12 @@ def check_positives(name: str, positives: Any, num_labels: int) -> jax.Array:
     return jnp.where(inside, ids, num_labels).astype(jnp.int32)
 
 
+def fraction_or_none(name: str, argument: str, value: Any) -> Any:
+    """`value` after `check_fraction`; None, which costs nothing, for a constant 0."""
+    check_fraction(name, argument, value)
+    return None if isinstance(value, (int, float)) and value == 0 else value
+
+
 def check_fraction(name: str, argument: str, value: Any) -> None:
     """A number known before tracing must lie in [0, 1]."""
     if isinstance(value, (int, float)) and not 0 <= value <= 1:

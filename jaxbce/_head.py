@@ -90,11 +90,10 @@ def linear_bce_with_logits(
     """
     name = "linear_bce_with_logits"
     _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
-    _checks.check_fraction(name, "label_smoothing", label_smoothing)
+    smoothing = _checks.fraction_or_none(name, "label_smoothing", label_smoothing)
     if (positives is None) == (labels is None):
         given = "neither" if labels is None else "both"
         raise ValueError(f"{name}: give exactly one of positives and labels, got {given}")
-    no_smoothing = isinstance(label_smoothing, (int, float)) and label_smoothing == 0
     loss: jax.Array = _evaluate(
         features,
         kernel,
@@ -103,7 +102,7 @@ def linear_bce_with_logits(
         labels,
         weight,
         pos_weight,
-        None if no_smoothing else label_smoothing,
+        smoothing,
         name=name,
         reduction=reduction,
         chunk_size=chunk_size,

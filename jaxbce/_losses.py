@@ -270,13 +270,12 @@ def evaluate(
 ) -> jax.Array:
     """Checks what does not need an array, then makes one cached, compiled call."""
     _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
-    _checks.check_fraction(name, "label_smoothing", label_smoothing)
-    no_smoothing = isinstance(label_smoothing, (int, float)) and label_smoothing == 0
+    smoothing = _checks.fraction_or_none(name, "label_smoothing", label_smoothing)
     loss: jax.Array = evaluate_arrays(
         *inputs,
         parameters,
         weight,
-        None if no_smoothing else label_smoothing,
+        smoothing,
         where,
         name=name,
         kernel=kernel,

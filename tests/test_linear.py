@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from heads import draw_arguments
 
 import jaxbce
 
@@ -23,18 +24,7 @@ every_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "batchmea
 
 def draw(rng, target="positives", dtype=np.float32):
     """Arguments by name."""
-    rows = len(POSITIVES)
-    drawn = {
-        "features": rng.normal(size=(rows, WIDTH)),
-        "kernel": rng.normal(size=(WIDTH, LABELS)),
-        "bias": rng.normal(size=LABELS),
-        "weight": rng.uniform(0.5, 2, rows),
-        "pos_weight": rng.uniform(0.5, 2, LABELS),
-        "label_smoothing": np.float64(0.1),
-    }
-    if target == "labels":
-        drawn["labels"] = rng.random((rows, LABELS))
-    drawn = {name: jnp.asarray(value, dtype) for name, value in drawn.items()}
+    drawn = draw_arguments(rng, len(POSITIVES), WIDTH, LABELS, dtype, target == "labels")
     return drawn if target == "labels" else drawn | {"positives": jnp.asarray(POSITIVES)}
 
 

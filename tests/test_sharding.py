@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from heads import draw_arguments
 from jax.sharding import NamedSharding, PartitionSpec
 from test_linear import assert_close, head, value_and_gradients
 
@@ -27,17 +28,7 @@ def mesh():
 
 
 def draw(rng, target="positives", dtype=np.float32):
-    drawn = {
-        "features": rng.normal(size=(ROWS, WIDTH)),
-        "kernel": rng.normal(size=(WIDTH, LABELS)),
-        "bias": rng.normal(size=LABELS),
-        "weight": rng.uniform(0.5, 2, ROWS),
-        "pos_weight": rng.uniform(0.5, 2, LABELS),
-        "label_smoothing": np.float64(0.1),
-    }
-    if target == "labels":
-        drawn["labels"] = rng.random((ROWS, LABELS))
-    drawn = {name: jnp.asarray(value, dtype) for name, value in drawn.items()}
+    drawn = draw_arguments(rng, ROWS, WIDTH, LABELS, dtype, target == "labels")
     if target == "positives":  # duplicates, padding and ids of every shard
         drawn["positives"] = jnp.asarray(rng.integers(-2, LABELS + 2, (ROWS, 6)))
     return drawn

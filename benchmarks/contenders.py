@@ -2,7 +2,8 @@
 
 Each contender is a function of (logits, labels, options) that returns the mean over kept elements.
 `options` holds any of pos_weight [labels], weight [batch, 1] and where ([batch, labels] or
-[batch, 1]). A contender without an option of that name gets the line a user would write for it.
+[batch, 1]). A contender without an option of that name gets the line a user would write for it; the
+focal and the asymmetric loss take no pos_weight.
 """
 
 from collections.abc import Callable
@@ -28,6 +29,14 @@ def jaxbce_mean(logits: Any, labels: Any, options: Options) -> jax.Array:
 
 def jaxbce_sum(logits: Any, labels: Any, options: Options) -> jax.Array:
     return jaxbce.bce_with_logits(logits, labels, reduction="sum", **options)
+
+
+def focal_mean(logits: Any, labels: Any, options: Options) -> jax.Array:
+    return jaxbce.sigmoid_focal_loss(logits, labels, **options)
+
+
+def asymmetric_mean(logits: Any, labels: Any, options: Options) -> jax.Array:
+    return jaxbce.asymmetric_loss(logits, labels, **options)
 
 
 def optax_mean(logits: Any, labels: Any, options: Options) -> jax.Array:

@@ -82,10 +82,22 @@ def log1p_unit(t: jax.Array) -> jax.Array:
     # XLA's log1p on a CPU is 2 ULP off where it takes the logarithm of the rounded 1 + t. With
     # s = t / (2 + t), log(1 + t) = 2 atanh(s) = 2 s + 2 s³ / 3 + ... and 2 s = t - s t: what is
     # rounded is small beside t. Coefficients: minimax on [0, 1], error below 1e-8.
-    s = t / (2 + t)
+    # The minimum changes nothing; a quotient used twice XLA on a CPU would write to memory.
+    s = jnp.minimum(t / (2 + t), 1)
     z = s * s
     series = ((0.28092715 * z + 0.27986288) * z + 0.40022415) * z + 0.666664
     return t - s * (t - z * series)
+
+
+def linear_and_curved(x: jax.Array, slope: jax.Array, curvature: jax.Array | float) -> jax.Array:
+    """|x| slope + curvature log1p(exp(-|x|)), where a slope of 0 annihilates an infinite x.
+
+    The select comes last: XLA on a CPU then computes a loss in one loop. A sum that ends in
+    arithmetic it hands to a library, and writes to memory all that this library lacks.
+    """
+    magnitude = jnp.abs(x)
+    curved = curvature * log1p_unit(jnp.exp(-magnitude))
+    return jnp.where(slope == 0, curved, magnitude * slope + curved)
 
 
 def sigmoid_tail(x: jax.Array) -> jax.Array:
@@ -96,10 +108,7 @@ def sigmoid_tail(x: jax.Array) -> jax.Array:
 
 
 def softplus_mix_value(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    magnitude = jnp.abs(x)
-    slope = jnp.where(x > 0, a, b)
-    linear = jnp.where(slope == 0, 0, magnitude * slope)
-    return linear + (a + b) * log1p_unit(jnp.exp(-magnitude))
+    return linear_and_curved(x, jnp.where(x > 0, a, b), a + b)
 
 
 def softplus_mix_partials(x: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, ...]:
@@ -110,8 +119,8 @@ softplus_mix = with_jvp(softplus_mix_value, softplus_mix_partials)
 
 
 def softplus_value(x: jax.Array) -> jax.Array:
-    """log(1 + exp(x)), without the `where` that would keep XLA on a CPU from fusing it in a sum."""
-    return jnp.maximum(x, 0) + log1p_unit(jnp.exp(-jnp.abs(x)))
+    curved = log1p_unit(jnp.exp(-jnp.abs(x)))
+    return jnp.where(x > 0, x + curved, curved)
 
 
 def softplus_partials(x: jax.Array) -> tuple[jax.Array]:
@@ -133,9 +142,24 @@ def sigmoid_mix_partials(x: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.
 sigmoid_mix = with_jvp(sigmoid_mix_value, sigmoid_mix_partials)
 
 
+# sigmoid_minus(x, y) = sigmoid(x) - y = sigmoid_mix(x, 1 - y, y), with less arithmetic
+
+
+def sigmoid_minus_value(x: jax.Array, y: jax.Array) -> jax.Array:
+    tail = sigmoid_tail(x)
+    return jnp.where(x >= 0, (1 - y) - tail, tail - y)
+
+
+def sigmoid_minus_partials(x: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
+    return sigmoid_slope(x), -jnp.ones_like(x)
+
+
+sigmoid_minus = with_jvp(sigmoid_minus_value, sigmoid_minus_partials)
+
+
 def sigmoid(x: jax.Array) -> jax.Array:
     """1 / (1 + exp(-x))"""
-    return sigmoid_mix(x, jnp.ones_like(x), jnp.zeros_like(x))
+    return sigmoid_minus(x, jnp.zeros_like(x))
 
 
 # sigmoid'(x) = sigmoid(x) sigmoid(-x), and sigmoid''(x) = -sigmoid'(x) tanh(x / 2)
@@ -161,30 +185,17 @@ sigmoid_slope = with_jvp(sigmoid_slope_value, sigmoid_slope_partials)
 
 
 def bce_with_logits_value(x: jax.Array, y: jax.Array, q: jax.Array | None) -> jax.Array:
-    # slope = 1 - y where x > 0, q y where x < 0; without `where`, which keeps XLA on a CPU from
-    # fusing the loss into its sum and so costs one more array of the size of the logits. So does
-    # what the derivative computes too, hence no `abs`: it would be kept for it.
-    magnitude = jnp.maximum(x, -x)
-    sign = jnp.sign(x)
-    positive = sign * 0.5 + 0.5
-    slope = (positive - y) * sign
-    curvature = log1p_unit(jnp.exp(jnp.minimum(x, -x)))
-    if q is not None:
-        slope = slope * (positive + (0.5 - sign * 0.5) * q)
-        curvature = curvature * ((1 - y) + q * y)
-    # Scaled down, capped and scaled up again, an infinite |x| gives 0 where slope is 0 and ∞ where
-    # it is not; |x| < 2^-46, which the scaling flushes, is far below half an ULP of the log1p.
-    scale = 2.0**80
-    return slope * jnp.minimum(magnitude * (1 / scale), jnp.finfo(x.dtype).max) * scale + curvature
+    if q is None:
+        return linear_and_curved(x, jnp.where(x > 0, 1 - y, y), 1)
+    return softplus_mix_value(x, 1 - y, q * y)
 
 
 def bce_with_logits_partials(
     x: jax.Array, y: jax.Array, q: jax.Array | None
 ) -> tuple[jax.Array | None, ...]:
-    one = jnp.ones_like(x)
     if q is None:
-        return sigmoid_mix(x, 1 - y, y), -x, None
-    d_labels = softplus_mix(x, -one, q)
+        return sigmoid_minus(x, y), -x, None
+    d_labels = softplus_mix(x, -jnp.ones_like(x), q)
     return sigmoid_mix(x, 1 - y, q * y), d_labels, softplus_mix(x, jnp.zeros_like(x), y)
 
 

@@ -34,19 +34,19 @@ def reduce_loss(
     """
     if weight is not None:
         loss = loss * weight
+    per_row = reduction == "batchmean"
+    units = loss.shape[:-1] if per_row else loss.shape
+    divided = reduction in ("mean", "batchmean")
+    if where is not None and divided:
+        # Before the sum: dividing it afterwards would cost another pass over memory, because the
+        # divisor would then be unknown when the gradient can be computed with the loss.
+        loss = loss * (1 / jnp.maximum(count_kept(where, units, per_row, loss.dtype), 1))
     if keep is not None:
         loss = jnp.where(keep, loss, 0)
     if reduction == "none":
         return loss
-    if reduction == "sum":
-        return jnp.sum(loss)
-    per_row = reduction == "batchmean"
-    units = loss.shape[:-1] if per_row else loss.shape
-    if where is None:
-        return jnp.sum(loss) / max(math.prod(units), 1)
-    # Inside the sum: dividing it afterwards would cost another pass over memory, because the
-    # divisor would then be unknown when the gradient can be computed with the loss.
-    return jnp.sum(loss * (1 / jnp.maximum(count_kept(where, units, per_row, loss.dtype), 1)))
+    total = jnp.sum(loss)
+    return total / max(math.prod(units), 1) if where is None and divided else total
 
 
 def count_kept(
@@ -55,7 +55,7 @@ def count_kept(
     """How many of the `units` that `where` stands for it keeps, without broadcasting it."""
     if per_row and where.ndim:
         where = jnp.any(where, axis=-1)
-    # int32 is exact where it cannot overflow; a float sum of fewer could stall at 2^24.
-    exact = where.size < 2**31
-    count = jnp.sum(where, dtype=jnp.int32 if exact else jnp.float32)
+    # float32 is exact up to 2^24 and, of int8, needs no copy of the mask on a CPU; int32 overflows.
+    counter = jnp.int32 if 2**24 < where.size < 2**31 else jnp.float32
+    count = jnp.sum(where.astype(jnp.int8), dtype=counter)
     return count.astype(dtype) * (math.prod(units) // max(where.size, 1))

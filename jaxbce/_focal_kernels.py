@@ -24,6 +24,7 @@ Product = tuple[tuple[str, float], ...]  # (symbol, exponent), sorted
 Sum = dict[Product, float]  # product: coefficient
 Rules = dict[str, Sum]  # symbol: its derivative; 0 for a symbol that is not there
 Evaluate = Callable[[Sum, jax.Array, jax.Array], jax.Array]
+Decorator = Callable[[_kernels.Kernel, _kernels.Partials], _kernels.Kernel]
 
 
 def term(coefficient: float = 1.0, **exponents: float) -> Sum:
@@ -57,7 +58,13 @@ def derivative(total: Sum, rules: Rules) -> Sum:
     return result
 
 
-def sum_kernel(total: Sum, by_x: Rules, by_y: Rules, evaluate: Evaluate) -> _kernels.Kernel:
+def sum_kernel(
+    total: Sum,
+    by_x: Rules,
+    by_y: Rules,
+    evaluate: Evaluate,
+    decorate: Decorator = _kernels.with_jvp,
+) -> _kernels.Kernel:
     """The function of (x, y) that `total` stands for, right at every order of differentiation."""
 
     def value(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -73,7 +80,7 @@ def sum_kernel(total: Sum, by_x: Rules, by_y: Rules, evaluate: Evaluate) -> _ker
 
     if not any(symbol in by_x or symbol in by_y for product in total for symbol, _ in product):
         return lambda x, y: lax.stop_gradient(value(x, y))
-    return _kernels.with_jvp(value, partials)
+    return decorate(value, partials)
 
 
 def without_focus(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -94,7 +101,8 @@ def power(base: jax.Array, exponent: float) -> jax.Array:
 
 
 # p = sigmoid(x) and q = sigmoid(-x). With t = exp(-|x|), the smaller is t / (1 + t), the larger
-# 1 / (1 + t). Hence p^i q^j = exp(-n |x|) (1 + t)^-(i + j), n being the exponent of the smaller.
+# 1 / (1 + t). Small whole exponents are multiplied out. Any other product of powers is evaluated as
+# a whole, in log space: p^i q^j = exp(-n |x|) (1 + t)^-(i + j), n being the exponent of the smaller.
 #
 # Rounding n |x|, up to 87, before the exponential would cost 60 ULP. n and |x| are split into a
 # part of few bits, whose product is exact, and a rest that is small: two exponentials instead.
@@ -107,33 +115,46 @@ def split(number: float) -> tuple[float, float]:
     return high, number - high
 
 
+def multiplied_out(*exponents: float) -> bool:
+    return sum(exponents) <= 4 and all(k >= 0 and float(k).is_integer() for k in exponents)
+
+
 class SigmoidPowers:
     """Powers of p and q at x."""
 
     def __init__(self, x: jax.Array) -> None:
-        info = jnp.finfo(x.dtype)
         self.negative = x < 0
-        # Capped, so that an infinite |x| gives exp(-0 |x|) = 1.
-        self.magnitude = jnp.minimum(jnp.abs(x), 2.0**100)
-        self.high = lax.reduce_precision(self.magnitude, info.nexp, info.nmant // 2)
-        self.low = self.magnitude - self.high
+        self.magnitude = jnp.abs(x)
         self.t = jnp.exp(-self.magnitude)
         self.log1p_t = _kernels.log1p_unit(self.t)
+        self.smaller = _kernels.sigmoid_tail(x)
+        self.larger = 1 - self.smaller
+        self.p = jnp.where(self.negative, self.smaller, self.larger)
+        self.q = jnp.where(self.negative, self.larger, self.smaller)
 
-    def power(
-        self, i: float, j: float, e: float = 0.0, near: jax.Array | bool = False
-    ) -> jax.Array:
-        """p^i q^j r^e, where r is t / (1 + t) if near, else 1 / (1 + t)."""
+    def power(self, i: float, j: float) -> jax.Array:
+        """p^i q^j"""
+        if multiplied_out(i, j):
+            return lax.integer_pow(self.p, int(i)) * lax.integer_pow(self.q, int(j))
+        return self.power_in_log_space(i, j, 0, False)
+
+    def power_in_log_space(self, i: float, j: float, e: float, near: jax.Array | bool) -> jax.Array:
+        """p^i q^j r^e, where r is the smaller of p and q if near, else the larger."""
+        # Capped, so that an infinite |x| gives exp(-0 |x|) = 1.
+        magnitude = jnp.minimum(self.magnitude, 2.0**100)
+        info = jnp.finfo(magnitude.dtype)
+        high = lax.reduce_precision(magnitude, info.nexp, info.nmant // 2)
+        low = magnitude - high
         (i_high, i_low), (j_high, j_low), (e_high, e_low) = split(i), split(j), split(e)
         n_high = jnp.where(self.negative, i_high, j_high) + jnp.where(near, e_high, 0.0)
         n_low = jnp.where(self.negative, i_low, j_low) + jnp.where(near, e_low, 0.0)
         n_high, n_low = n_high.astype(self.t.dtype), n_low.astype(self.t.dtype)
-        rest = n_high * self.low + n_low * self.magnitude + (i + j + e) * self.log1p_t
-        large = -n_high * self.high
+        rest = n_high * low + n_low * magnitude + (i + j + e) * self.log1p_t
+        large = -n_high * high
         # The select keeps XLA from rewriting exp(a) exp(b) as exp(a + b). Capped, so that two terms
         # that overflow do not make NaN.
         scale = jnp.where(large < -1000, 0, jnp.exp(large))
-        return jnp.minimum(scale * jnp.exp(-rest), jnp.finfo(rest.dtype).max)
+        return jnp.minimum(scale * jnp.exp(-rest), info.max)
 
 
 # Focal loss with a = 1 - y, b = y, m = 1 - p_t = a p + b q, d = ∂m/∂p = a - b = 1 - 2 y and
@@ -142,7 +163,8 @@ class SigmoidPowers:
 # loss = alpha_t m^gamma c,  c = a softplus(x) + b softplus(-x),  alpha_t = alpha b + (1 - alpha) a
 #
 # Where the label is hard and the logit on its side (`near`), m is the smaller of p and q; c is then
-# as small, so it is evaluated as m (c / m). Elsewhere m = u / (1 + t), and u is not small.
+# as small, so in log space it is evaluated as m (c / m). Elsewhere m = u / (1 + t), and u is not
+# small.
 
 FOCAL_BY_X: Rules = {
     "p": P_BY_X,
@@ -167,19 +189,28 @@ def evaluate_focal(total: Sum, x: jax.Array, y: jax.Array) -> jax.Array:
     larger, smaller = jnp.where(at.negative, b, a), jnp.where(at.negative, a, b)
     near = larger == 0
     u = jnp.where(near, 1, larger + smaller * at.t)
+    m = a * at.p + b * at.q
     c = _kernels.bce_with_logits_value(x, y, None)
-    log1p_ratio = jnp.where(at.t == 0, 1, at.log1p_t / at.t)
-    tanh = jnp.tanh(x / 2)
-    c_over_m = jnp.where(near, log1p_ratio, c / u) * (1 + at.t)
+
+    def powers(i: float, j: float, e: float, c_power: float) -> jax.Array:
+        """p^i q^j m^e c^c_power, of which c_power is 0 or 1."""
+        if multiplied_out(i, j, e):
+            value = at.power(i, j) * lax.integer_pow(m, int(e))
+            return annihilate(value, c) if c_power else value
+        value = at.power_in_log_space(i, j, e + c_power, near) * power(u, e + c_power)
+        if not c_power:
+            return value
+        vanished = near & (at.t == 0)
+        c_over_m = jnp.where(vanished, 1, c / jnp.where(near, at.t, u) * (1 + at.t))
+        return annihilate(value, c_over_m)
 
     result = jnp.zeros_like(x)
     for product, coefficient in total.items():
         k = dict(product)
-        e, i, j, c_power, x_power = (k.pop(symbol, 0) for symbol in "mpqcx")
-        value = at.power(i, j, e + c_power, near) * power(u, e + c_power)
-        if c_power or x_power:
-            value = annihilate(value, c_over_m if c_power else x)
-        for symbol, base in (("a", a), ("b", b), ("d", a - b), ("r", -tanh)):
+        value = powers(*(k.pop(symbol, 0) for symbol in "pqmc"))
+        if "x" in k:
+            value = annihilate(value, x)
+        for symbol, base in (("a", a), ("b", b), ("d", a - b), ("r", -jnp.tanh(x / 2))):
             if symbol in k:
                 value = annihilate(lax.integer_pow(base, int(k[symbol])), value)
         result = result + coefficient * value
@@ -192,7 +223,7 @@ def sigmoid_focal(gamma: float, alpha: float | None) -> _kernels.Kernel:
         return without_focus
     alpha_t = term() if alpha is None else add(term(alpha, b=1), term(1 - alpha, a=1))
     loss = multiply(alpha_t, term(m=gamma, c=1))
-    return _kernels.with_vjp(sum_kernel(loss, FOCAL_BY_X, FOCAL_BY_Y, evaluate_focal))
+    return sum_kernel(loss, FOCAL_BY_X, FOCAL_BY_Y, evaluate_focal, _kernels.with_vjp)
 
 
 # Asymmetric loss with a = 1 - y, b = y, m = max(p - clip, 0), v = 1 - m, l = -log(v), h = [m > 0]
@@ -270,4 +301,4 @@ def asymmetric(
         negative = term(a=1, n=1, **{weight("p"): gamma_neg})
     evaluate = functools.partial(evaluate_asymmetric, clip)
     loss = add(positive, negative)
-    return _kernels.with_vjp(sum_kernel(loss, ASYMMETRIC_BY_X, ASYMMETRIC_BY_Y, evaluate))
+    return sum_kernel(loss, ASYMMETRIC_BY_X, ASYMMETRIC_BY_Y, evaluate, _kernels.with_vjp)

@@ -22,26 +22,32 @@ Kernel = Callable[..., jax.Array]
 Partials = Callable[..., tuple[jax.Array | None, ...]]
 
 
+def along(tangents: Any, slopes: Any) -> jax.Array:
+    """Σ tangent · slope, without what is constant or has no derivative."""
+    # The tangents are not tested for zero by value: that could not be transposed.
+    terms = [
+        tangent * slope
+        for tangent, slope in zip(tangents, slopes, strict=True)
+        if slope is not None and not isinstance(tangent, SymbolicZero)
+    ]
+    return functools.reduce(operator.add, terms)
+
+
 def with_jvp(value: Kernel, partials: Partials) -> Kernel:
     """`value` with `partials` as its derivatives, in forward and reverse mode."""
     # Traced once as a scalar, whatever it is mapped over.
     kernel = jax.custom_jvp(jax.jit(value, inline=True))
 
     def jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-        # The tangents are not tested for zero by value: that could not be transposed.
-        terms = [
-            tangent * partial
-            for tangent, partial in zip(tangents, partials(*primals), strict=True)
-            if partial is not None and not isinstance(tangent, SymbolicZero)
-        ]
-        return kernel(*primals), functools.reduce(operator.add, terms)
+        return kernel(*primals), along(tangents, partials(*primals))
 
     kernel.defjvp(jvp, symbolic_zeros=True)
     return kernel
 
 
-def with_vjp(forward: Kernel) -> Kernel:
-    """`forward` in reverse mode, with the inputs as the only residuals."""
+def with_vjp(value: Kernel, partials: Partials) -> Kernel:
+    """The same in reverse mode alone, with the inputs as the only residuals."""
+    forward = with_jvp(value, partials)
 
     @jax.custom_vjp
     def kernel(*inputs: jax.Array | None) -> jax.Array:
@@ -52,10 +58,10 @@ def with_vjp(forward: Kernel) -> Kernel:
         return forward(*inputs), inputs
 
     def bwd(residuals: Any, g: jax.Array) -> Any:
-        # Transposing the rule of `forward`, which is g * partial, lets JAX add the sum over devices
-        # that an input shared by the shards of `jax.shard_map` needs.
-        _, pullback = jax.vjp(forward, *residuals)
-        return pullback(g)
+        # Not simply g * slope: a transpose lets JAX add the sum over devices that an input shared
+        # by the shards of `jax.shard_map` needs.
+        tangent = functools.partial(along, slopes=partials(*residuals))
+        return jax.linear_transpose(lambda *tangents: tangent(tangents), *residuals)(g)
 
     kernel.defvjp(fwd, bwd)
     return kernel
@@ -200,7 +206,7 @@ def bce_with_logits_partials(
 
 
 bce_with_logits_forward = with_jvp(bce_with_logits_value, bce_with_logits_partials)
-bce_with_logits = with_vjp(bce_with_logits_forward)
+bce_with_logits = with_vjp(bce_with_logits_value, bce_with_logits_partials)
 
 
 # loss(p, y) = -y max(log p, -100) - (1 - y) max(log(1 - p), -100)
@@ -240,5 +246,4 @@ def bce_partials(p: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (p - y) / spread(p), -log_odds(p)
 
 
-bce_forward = with_jvp(bce_value, bce_partials)
-bce = with_vjp(bce_forward)
+bce = with_vjp(bce_value, bce_partials)

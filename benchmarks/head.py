@@ -4,9 +4,11 @@
 
     python benchmarks/head.py [chunks]
 
-Every variant runs in turn, and the ratio is that of the medians. `chunks` measures the last claim.
+Every variant runs once a round, in an order drawn anew, since what ran before decides which pages
+and caches are warm; the ratio is that of the medians. `chunks` measures the last claim.
 """
 
+import random
 import statistics
 import sys
 import time
@@ -79,11 +81,13 @@ def three_products(chunk_size):
 
 
 def medians(variants, arguments):
-    """Seconds of each variant, run in turn."""
+    """Seconds of each variant."""
     compiled = {name: jax.jit(fn).lower(*arguments).compile() for name, fn in variants.items()}
     seconds = {name: [] for name in variants}
+    order, rng = list(compiled.items()), random.Random(0)
     for round_ in range(ROUNDS + 1):
-        for name, run in compiled.items():
+        rng.shuffle(order)
+        for name, run in order:
             start = time.perf_counter()
             jax.block_until_ready(run(*arguments))
             if round_:

@@ -101,8 +101,8 @@ def power(base: jax.Array, exponent: float) -> jax.Array:
 
 
 # p = sigmoid(x) and q = sigmoid(-x). With t = exp(-|x|), the smaller is t / (1 + t), the larger
-# 1 / (1 + t). Small whole exponents are multiplied out. Any other product of powers is evaluated as
-# a whole, in log space: p^i q^j = exp(-n |x|) (1 + t)^-(i + j), n being the exponent of the smaller.
+# 1 / (1 + t). Small whole exponents are multiplied out. Any other product of powers is evaluated
+# in log space: p^i q^j = exp(-n |x|) (1 + t)^-(i + j), n being the exponent of the smaller.
 #
 # Rounding n |x|, up to 87, before the exponential would cost 60 ULP. n and |x| are split into a
 # part of few bits, whose product is exact, and a rest that is small: two exponentials instead.

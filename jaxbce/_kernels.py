@@ -30,7 +30,8 @@ def along(tangents: Any, slopes: Any) -> jax.Array:
         for tangent, slope in zip(tangents, slopes, strict=True)
         if slope is not None and not isinstance(tangent, SymbolicZero)
     ]
-    return functools.reduce(operator.add, terms)
+    total: jax.Array = functools.reduce(operator.add, terms)
+    return total
 
 
 def with_jvp(value: Kernel, partials: Partials) -> Kernel:

@@ -64,7 +64,8 @@ def chunk_signs(positives: jax.Array, first: jax.Array | int, size: int, dtype: 
     # One past the end is dropped; a negative index would wrap around even so.
     local = jnp.where((local >= 0) & (local < size), local, size)
     rows = jnp.arange(positives.shape[0])[:, None]
-    return jnp.ones((positives.shape[0], size), dtype).at[rows, local].set(-1, mode="drop")
+    signs = jnp.ones((positives.shape[0], size), jnp.int8).at[rows, local].set(-1, mode="drop")
+    return signs.astype(dtype)
 
 
 def elementwise_loss(

@@ -16,12 +16,21 @@ PROBS = st.sampled_from([0.0, 1.0, 1e-4, np.nan]) | st.floats(0, 1, width=16)
 LABELS = st.sampled_from([0.0, 1.0]) | st.floats(0, 1, width=16)
 WEIGHTS = st.sampled_from([0.0, 1.0, -2.0, 0.5])
 
+POS_WEIGHTS = st.sampled_from([0.0, 1.0, 3.5, 1e-3])
+
+
+def scanned(fn):
+    return lambda *args: jax.lax.scan(lambda carry, row: (carry, fn(*row)), None, args)[1]
+
+
 TRANSFORMS = {
     "eager": lambda fn: fn,
     "jit": jax.jit,
     "remat": jax.checkpoint,
     "jit of remat": lambda fn: jax.jit(jax.checkpoint(fn)),
 }
+# Over the first axis, which must have an element.
+MAPPED = {"vmap": jax.vmap, "jit of vmap": lambda fn: jax.jit(jax.vmap(fn)), "scan": scanned}
 
 
 @st.composite
@@ -38,14 +47,18 @@ def calls(draw, loss):
         options["where"] = array(st.booleans(), np.bool_)
     if draw(st.booleans()):
         options["weight"] = array(WEIGHTS)
+    if loss.pos_weight and draw(st.booleans()):
+        options["pos_weight"] = array(POS_WEIGHTS)
     scores = jnp.asarray(array(elements)).astype(dtype)
-    return scores, array(LABELS), options, draw(st.sampled_from(list(TRANSFORMS)))
+    transforms = TRANSFORMS | (MAPPED if shape and shape[0] else {})
+    return scores, array(LABELS), options, transforms[draw(st.sampled_from(list(transforms)))]
 
 
 def expected_of(loss, scores, labels, options):
     """The contract, element by element: value and gradient."""
+    pos_weight = {"q": np.float64(q) for name, q in options.items() if name == "pos_weight"}
     with np.errstate(invalid="ignore", divide="ignore"):
-        value, slope = loss.oracle(np.asarray(scores, np.float64), np.float64(labels))
+        value, slope = loss.oracle(np.float64(scores), np.float64(labels), **pos_weight)
     weight = np.float64(options.get("weight", 1.0))
     keep = options.get("where", True) & (weight != 0)
     with np.errstate(invalid="ignore"):
@@ -66,11 +79,12 @@ def test_any_call(loss, data):
 
         return jax.grad(both, has_aux=True)(scores)
 
-    gradient, got = TRANSFORMS[transform](value_and_gradient)(scores, labels, options)
+    gradient, got = transform(value_and_gradient)(scores, labels, options)
     assert got.dtype == jnp.float32
     assert gradient.dtype == scores.dtype
     np.testing.assert_allclose(got, value, rtol=1e-5, atol=1e-37)
-    scale = np.maximum(np.abs(slope), np.abs(np.float64(options.get("weight", 1.0))))
+    scale = np.abs(np.float64(options.get("weight", 1.0)))
+    scale = np.maximum(np.abs(slope), scale * np.maximum(options.get("pos_weight", 1.0), 1))
     info = jnp.finfo(scores.dtype)
     with np.errstate(invalid="ignore"):
         close = np.abs(np.float64(gradient) - slope) <= float(info.eps) * scale + 1e-6

@@ -23,7 +23,7 @@ from jaxbce import _kernels
 Product = tuple[tuple[str, float], ...]  # (symbol, exponent), sorted
 Sum = dict[Product, float]  # product: coefficient
 Rules = dict[str, Sum]  # symbol: its derivative; 0 for a symbol that is not there
-Evaluate = Callable[[Sum, jax.Array, jax.Array], jax.Array]
+Evaluate = Callable[[Sum, "SigmoidPowers", jax.Array], jax.Array]
 Decorator = Callable[[_kernels.Kernel, _kernels.Partials], _kernels.Kernel]
 
 
@@ -58,17 +58,23 @@ def derivative(total: Sum, rules: Rules) -> Sum:
     return result
 
 
+def unshared_abs(x: jax.Array) -> jax.Array:
+    """|x|, in the derivatives. XLA on a GPU would write to memory what they and the loss share."""
+    return jnp.maximum(x, -x)
+
+
 def sum_kernel(
     total: Sum,
     by_x: Rules,
     by_y: Rules,
     evaluate: Evaluate,
     decorate: Decorator = _kernels.with_jvp,
+    magnitude: _kernels.Kernel = unshared_abs,
 ) -> _kernels.Kernel:
     """The function of (x, y) that `total` stands for, right at every order of differentiation."""
 
     def value(x: jax.Array, y: jax.Array) -> jax.Array:
-        return evaluate(total, x, y)
+        return evaluate(total, SigmoidPowers(x, magnitude(x)), y)
 
     @functools.cache
     def derivatives() -> list[_kernels.Kernel | None]:
@@ -81,6 +87,10 @@ def sum_kernel(
     if not any(symbol in by_x or symbol in by_y for product in total for symbol, _ in product):
         return lambda x, y: lax.stop_gradient(value(x, y))
     return decorate(value, partials)
+
+
+def loss_kernel(loss: Sum, by_x: Rules, by_y: Rules, evaluate: Evaluate) -> _kernels.Kernel:
+    return sum_kernel(loss, by_x, by_y, evaluate, _kernels.with_vjp, jnp.abs)
 
 
 def without_focus(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -120,14 +130,15 @@ def multiplied_out(*exponents: float) -> bool:
 
 
 class SigmoidPowers:
-    """Powers of p and q at x."""
+    """x, y-independent functions of it, and powers of p and q; `magnitude` is |x|."""
 
-    def __init__(self, x: jax.Array) -> None:
+    def __init__(self, x: jax.Array, magnitude: jax.Array) -> None:
         self.negative = x < 0
-        self.magnitude = jnp.abs(x)
-        self.t = jnp.exp(-self.magnitude)
+        self.magnitude = magnitude
+        self.x = jnp.where(self.negative, -magnitude, magnitude)
+        self.t = jnp.exp(-magnitude)
         self.log1p_t = _kernels.log1p_unit(self.t)
-        self.smaller = _kernels.sigmoid_tail(x)
+        self.smaller = _kernels.sigmoid_of_exp(self.t)
         self.larger = 1 - self.smaller
         self.p = jnp.where(self.negative, self.smaller, self.larger)
         self.q = jnp.where(self.negative, self.larger, self.smaller)
@@ -183,14 +194,13 @@ FOCAL_BY_Y: Rules = {
 }
 
 
-def evaluate_focal(total: Sum, x: jax.Array, y: jax.Array) -> jax.Array:
-    at = SigmoidPowers(x)
+def evaluate_focal(total: Sum, at: SigmoidPowers, y: jax.Array) -> jax.Array:
     a, b = 1 - y, y
     larger, smaller = jnp.where(at.negative, b, a), jnp.where(at.negative, a, b)
     near = larger == 0
     u = jnp.where(near, 1, larger + smaller * at.t)
     m = a * at.p + b * at.q
-    c = _kernels.bce_with_logits_value(x, y, None)
+    c = jnp.where(near, at.log1p_t, at.magnitude * larger + at.log1p_t)
 
     def powers(i: float, j: float, e: float, c_power: float) -> jax.Array:
         """p^i q^j m^e c^c_power, of which c_power is 0 or 1."""
@@ -204,13 +214,13 @@ def evaluate_focal(total: Sum, x: jax.Array, y: jax.Array) -> jax.Array:
         c_over_m = jnp.where(vanished, 1, c / jnp.where(near, at.t, u) * (1 + at.t))
         return annihilate(value, c_over_m)
 
-    result = jnp.zeros_like(x)
+    result = jnp.zeros_like(m)
     for product, coefficient in total.items():
         k = dict(product)
         value = powers(*(k.pop(symbol, 0) for symbol in "pqmc"))
         if "x" in k:
-            value = annihilate(value, x)
-        for symbol, base in (("a", a), ("b", b), ("d", a - b), ("r", -jnp.tanh(x / 2))):
+            value = annihilate(value, at.x)
+        for symbol, base in (("a", a), ("b", b), ("d", a - b), ("r", -jnp.tanh(at.x / 2))):
             if symbol in k:
                 value = annihilate(lax.integer_pow(base, int(k[symbol])), value)
         result = result + coefficient * value
@@ -223,7 +233,7 @@ def sigmoid_focal(gamma: float, alpha: float | None) -> _kernels.Kernel:
         return without_focus
     alpha_t = term() if alpha is None else add(term(alpha, b=1), term(1 - alpha, a=1))
     loss = multiply(alpha_t, term(m=gamma, c=1))
-    return sum_kernel(loss, FOCAL_BY_X, FOCAL_BY_Y, evaluate_focal, _kernels.with_vjp)
+    return loss_kernel(loss, FOCAL_BY_X, FOCAL_BY_Y, evaluate_focal)
 
 
 # Asymmetric loss with a = 1 - y, b = y, m = max(p - clip, 0), v = 1 - m, l = -log(v), h = [m > 0]
@@ -257,19 +267,21 @@ def shifted_probability(x: jax.Array, p: jax.Array, q: jax.Array, clip: float) -
     return jnp.maximum(jnp.where(beyond < 1, clip * q * growth, p - clip), 0)
 
 
-def evaluate_asymmetric(clip: float, total: Sum, x: jax.Array, y: jax.Array) -> jax.Array:
-    at = SigmoidPowers(x)
+def evaluate_asymmetric(clip: float, total: Sum, at: SigmoidPowers, y: jax.Array) -> jax.Array:
     bases = {"a": 1 - y, "b": y}
     bounded = {}
-    unbounded = {"s": _kernels.softplus(-x), "n": _kernels.softplus(x)}
+    linear = at.magnitude + at.log1p_t
+    unbounded = {
+        "s": jnp.where(at.negative, linear, at.log1p_t),
+        "n": jnp.where(at.negative, at.log1p_t, linear),
+    }
     if clip:
-        p, q = _kernels.sigmoid(x), _kernels.sigmoid(-x)
-        m = shifted_probability(x, p, q, clip)
-        v = q + clip
+        m = shifted_probability(at.x, at.p, at.q, clip)
+        v = at.q + clip
         bases["h"] = jnp.sign(m)
         bounded = {"m": m, "v": v, "l": jnp.where(m < 0.5, -jnp.log1p(-m), -jnp.log(v))}
 
-    result = jnp.zeros_like(x)
+    result = jnp.zeros_like(at.x)
     for product, coefficient in total.items():
         k = dict(product)
         i, j = (k.pop(symbol, 0) + k.pop(symbol.upper(), 0) for symbol in "pq")
@@ -301,4 +313,4 @@ def asymmetric(
         negative = term(a=1, n=1, **{weight("p"): gamma_neg})
     evaluate = functools.partial(evaluate_asymmetric, clip)
     loss = add(positive, negative)
-    return sum_kernel(loss, ASYMMETRIC_BY_X, ASYMMETRIC_BY_Y, evaluate, _kernels.with_vjp)
+    return loss_kernel(loss, ASYMMETRIC_BY_X, ASYMMETRIC_BY_Y, evaluate)

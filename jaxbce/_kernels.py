@@ -107,11 +107,15 @@ def linear_and_curved(x: jax.Array, slope: jax.Array, curvature: jax.Array | flo
     return jnp.where(slope == 0, curved, magnitude * slope + curved)
 
 
-def sigmoid_tail(x: jax.Array) -> jax.Array:
-    """sigmoid(-|x|), which is at most 1/2."""
-    t = jnp.exp(-jnp.abs(x))
+def sigmoid_of_exp(t: jax.Array) -> jax.Array:
+    """sigmoid(-|x|), which is at most 1/2, of t = exp(-|x|)."""
     # t / (1 + t) = t - t (t / (1 + t)): the error of the division counts once more by t.
     return t - t * (t / (1 + t))
+
+
+def sigmoid_tail(x: jax.Array) -> jax.Array:
+    """sigmoid(-|x|)"""
+    return sigmoid_of_exp(jnp.exp(-jnp.abs(x)))
 
 
 def softplus_mix_value(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:

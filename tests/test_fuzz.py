@@ -56,9 +56,11 @@ def calls(draw, loss):
 
 def expected_of(loss, scores, labels, options):
     """The contract, element by element: value and gradient."""
-    pos_weight = {"q": np.float64(q) for name, q in options.items() if name == "pos_weight"}
+    arguments = np.float64(scores), np.float64(labels)
+    if "pos_weight" in options:
+        arguments += (np.float64(options["pos_weight"]),)
     with np.errstate(invalid="ignore", divide="ignore"):
-        value, slope = loss.oracle(np.float64(scores), np.float64(labels), **pos_weight)
+        value, slope = loss.oracle(*arguments)
     weight = np.float64(options.get("weight", 1.0))
     keep = options.get("where", True) & (weight != 0)
     with np.errstate(invalid="ignore"):

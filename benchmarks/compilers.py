@@ -39,9 +39,10 @@ CONTENDERS = {
     "optax": contenders.optax_mean,
     "textbook": contenders.textbook_mean,
     "focal": contenders.focal_mean,
+    "optax focal": contenders.optax_focal_mean,
     "asymmetric": contenders.asymmetric_mean,
 }
-WITHOUT_POS_WEIGHT = {"focal", "asymmetric"}
+WITHOUT_POS_WEIGHT = {"focal", "optax focal", "asymmetric"}
 
 # name: shape of each option, given the batch and the number of labels
 CASES = {

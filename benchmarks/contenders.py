@@ -46,6 +46,10 @@ def optax_mean(logits: Any, labels: Any, options: Options) -> jax.Array:
     return mean(loss, **options)
 
 
+def optax_focal_mean(logits: Any, labels: Any, options: Options) -> jax.Array:
+    return mean(optax.sigmoid_focal_loss(logits, labels, gamma=2.0), **options)
+
+
 def keras_mean(logits: Any, labels: Any, options: Options) -> jax.Array:
     from keras import ops  # only `cpu.py` needs it
 

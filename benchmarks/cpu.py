@@ -5,26 +5,31 @@ Every contender takes one step in turn, round after round; the figures are ratio
     python benchmarks/cpu.py                                # jaxbce, optax, Keras, textbook, x + y
     python benchmarks/cpu.py --torch path/to/python         # an interpreter that has torch
 
-What decides the time is the number of temporaries of the size of the logits that XLA writes: a new
-one costs page faults as well. It compiles a sum of plain arithmetic, exp and log1p to one pass, and
-the gradient to another, but whatever both contain is written out first and read by both, even |x|
-and a constant 0 broadcast to the shape of the logits. Forms tried, float32, jax 0.10.2:
+What decides the time is how many arrays of the size of the logits XLA writes: a fresh one costs page
+faults too. A sum that ends in plain arithmetic XLA hands to a library (YNNPACK), which goes over a
+tile once per operation; what it lacks (selects, comparisons, masks) and what the gradient computes
+too (a conversion from bfloat16, a pos_weight that is broadcast) is written to memory first. A loss
+that ends in a select is one loop instead, from the inputs to an array of losses, which is then
+summed; an exponential that the gradient shares is kept in a second array. Forms tried, time of value
+and gradient over that of the chosen form, and in brackets the temporaries in arrays of the logits;
+jax 0.10.2, one run:
 
-    value                                         gradient                          temporaries
-    max(x, 0) - x y + log1p(exp(-|x|))            x >= 0 ? 1 - y - s : s - y,
-                                                    s from exp(-|x|)                2: exp, 0
-    the same                                        s from exp(min(x, -x))          1: 0
-    the same                                        s = sigmoid(min(x, -x))         1: 0
-    the same                                      sigmoid(x) - y                    0
-    the same                                      (1 - y) sigmoid(x) - y sigmoid(-x)  0
-    |x| slope + log1p(exp(-|x|)), slope from
-      max(sign(x), 0)                             s from exp(-|x|)                  3: |x|, exp, 0
-    max(x, -x) slope + log1p(exp(min(x, -x))),
-      slope from (sign(x) + 1) / 2                s from exp(-|x|)                  0
-    -y log_sigmoid(x) - (1 - y) log_sigmoid(-x)   by JAX                            3
+                          float32, [256, 1024]    float32, [8192, 1024]   bfloat16, [8192, 1024]
+                          plain       where       plain       where       plain       where
+  arithmetic to the end   1.59 (0)    1.01 (1.2)  1.03 (0)    1.30 (1.2)  2.91 (4)    1.44 (4)
+  select, |x| unshared    1.32 (1)    0.97 (1)    0.81 (1)    0.97 (1)    1.28 (2)    0.88 (2)
+  select, exp(-|x|)
+    shared: chosen        1.00 (1)    1.00 (1)    1.00 (1)    1.00 (1)    1.00 (2)    1.00 (4)
+    its t / (2 + t)
+      used three times    1.07 (2)    0.88 (1.2)  1.33 (2)    1.06 (1.2)  1.53 (4)    1.20 (4)
+    XLA's log1p, 2.9 ULP  1.41 (1)    1.23 (1)    1.25 (1)    1.11 (1)    1.76 (4)    1.20 (4)
+  textbook                1.01 (0)    1.90 (1)    0.70 (0)    1.04 (1)    2.22 (4)    1.87 (4)
+  optax                   3.82 (3)    3.97 (3)    2.11 (3)    2.02 (3)    7.09 (13)   3.88 (7)
 
-A select, comparison or conversion of a mask inside the sum keeps it from being one pass: with
-`where`, no form was found below 1 temporary. The script prints the temporaries of every contender.
+An array of [8192, 1024] float32 has 32 MiB, the size from which glibc gives memory back to the
+system after each call, so that the next one faults in every page: that is most of `x + y` and of
+what jaxbce takes longer than the textbook there. `MALLOC_MMAP_THRESHOLD_=4294967296
+MALLOC_TRIM_THRESHOLD_=8589934592` in the environment keeps the pages.
 """
 
 import argparse

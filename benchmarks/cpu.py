@@ -5,14 +5,14 @@ Every contender takes one step in turn, round after round; the figures are ratio
     python benchmarks/cpu.py                                # jaxbce, optax, Keras, textbook, x + y
     python benchmarks/cpu.py --torch path/to/python         # an interpreter that has torch
 
-What decides the time is how many arrays of the size of the logits XLA writes: a fresh one costs page
-faults too. A sum that ends in plain arithmetic XLA hands to a library (YNNPACK), which goes over a
-tile once per operation; what it lacks (selects, comparisons, masks) and what the gradient computes
-too (a conversion from bfloat16, a pos_weight that is broadcast) is written to memory first. A loss
-that ends in a select is one loop instead, from the inputs to an array of losses, which is then
-summed; an exponential that the gradient shares is kept in a second array. Forms tried, time of value
-and gradient over that of the chosen form, and in brackets the temporaries in arrays of the logits;
-jax 0.10.2, one run:
+What decides the time is how many arrays of the size of the logits XLA writes: a fresh one costs
+page faults too. A sum that ends in plain arithmetic XLA hands to a library (YNNPACK), which goes
+over a tile once per operation; what it lacks (selects, comparisons, masks) and what the gradient
+computes too (a conversion from bfloat16, a pos_weight that is broadcast) is written to memory
+first. A loss that ends in a select is one loop instead, from the inputs to an array of losses,
+which is then summed; an exponential that the gradient shares is kept in a second array. Forms
+tried, time of value and gradient over that of the chosen form, and in brackets the temporaries in
+arrays of the logits; jax 0.10.2, one run:
 
                           float32, [256, 1024]    float32, [8192, 1024]   bfloat16, [8192, 1024]
                           plain       where       plain       where       plain       where

@@ -109,7 +109,7 @@ def linear_and_curved(x: jax.Array, slope: jax.Array, curvature: jax.Array | flo
 
 def sigmoid_of_exp(t: jax.Array) -> jax.Array:
     """sigmoid(-|x|), which is at most 1/2, of t = exp(-|x|)."""
-    # t / (1 + t) = t - t (t / (1 + t)): the error of the division counts once more by t.
+    # t / (1 + t) = t - t (t / (1 + t)): the roundings of 1 + t and of the quotient count t times.
     return t - t * (t / (1 + t))
 
 

@@ -26,7 +26,7 @@ class MultiLabelHead(nnx.Module):
       in_features: the width D of the features.
       num_labels: the number of labels L.
       use_bias: whether the layer has a bias.
-      prior: the base rate of the labels, one number or an array [L], in (0, 1); the bias starts at
+      prior: the base rate of the labels, a number or an array [L], in (0, 1); the bias starts at
         log(prior / (1 − prior)), with which zero features predict it. From counts, without 0 and 1:
         `jax.nn.sigmoid(jaxbce.prior_bias(labels))`. None starts at 0.
       kernel_init: initialiser of the kernel [D, L].
@@ -36,7 +36,8 @@ class MultiLabelHead(nnx.Module):
       rngs: source of the key of the kernel.
 
     Returns:
-      A module: `head(features)` is the logits [..., L] in float32 (float64 for float64).
+      A module: `head(features)` with features [..., D] is the logits [..., L] in float32 (float64
+      for float64).
 
     Raises:
       ValueError: prior is outside (0, 1), of another shape, or given without a bias; features are

@@ -6,6 +6,7 @@ from typing import Any
 import griffe
 
 FORMULA = re.compile(r"^(Formula\b[^\n]*(?:\n[^\n]+)*:\n\n)((?:  [^\n]+\n)+)", re.MULTILINE)
+RETURNS = re.compile(r"^Returns:\n((?:  [^\n]+\n)+)", re.MULTILINE)
 HEADINGS = re.compile(r"^(Formula|Edge values|Differentiable|Source)\b", re.MULTILINE)
 
 
@@ -23,3 +24,8 @@ class Docstrings(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
             obj.docstring.value = as_markdown(obj.docstring.value)
+            if obj.is_class:  # it has no annotation of what it returns
+                obj.docstring.value = RETURNS.sub(
+                    lambda match: f"**Returns**: {' '.join(match[1].split())}\n",
+                    obj.docstring.value,
+                )

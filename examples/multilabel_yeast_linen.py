@@ -1,6 +1,6 @@
 """The yeast genes of multilabel_yeast.py with Flax Linen, in one short file to start from.
 
-    pip install "jaxbce[examples]"
+    pip install -e ".[examples]"                   # in a clone of the repository
     python examples/multilabel_yeast_linen.py      # about 10 s on a 2-core CPU; --help for options
 
 Two layers predict which of 14 functional classes a gene has from 103 numbers: the network,
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         description="Trains a multi-label classifier on the yeast set with Flax Linen and jaxbce.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=60, help="passes over the training part")
     parser.add_argument("--seed", type=int, default=0, help="decides weights, batches and dropout")
     args = parser.parse_args(argv)
 

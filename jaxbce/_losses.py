@@ -130,7 +130,8 @@ def sigmoid_binary_cross_entropy(
 
     Example:
       >>> import jax.numpy as jnp, jaxbce
-      >>> print(jaxbce.sigmoid_binary_cross_entropy(jnp.array([0.0, jnp.inf]), jnp.array([1, 1])))
+      >>> logits, labels = jnp.array([0.0, jnp.inf]), jnp.array([1, 1])
+      >>> print(jaxbce.sigmoid_binary_cross_entropy(logits, labels))
       [0.6931472 0.       ]
 
     Source: `optax.sigmoid_binary_cross_entropy`.

@@ -85,7 +85,7 @@ class MultiLabelHead(nnx.Module):
         self.bias = nnx.Param(_bias(prior, num_labels, param_dtype)) if use_bias else None
 
     def __call__(self, features: ArrayLike) -> jax.Array:
-        """The logits [..., L]."""
+        """The logits features @ kernel + bias, [..., L]: where there is room for them."""
         features, kernel, bias = self._operands(features)
         dtype = jnp.float64 if features.dtype == jnp.float64 else jnp.float32
         logits = jnp.matmul(features, kernel, preferred_element_type=dtype)
@@ -104,7 +104,11 @@ class MultiLabelHead(nnx.Module):
         label_smoothing: ArrayLike = 0.0,
         reduction: str = "mean",
     ) -> jax.Array:
-        """The loss of the logits, which are not held: see `linear_bce_with_logits`."""
+        """The loss of the logits, which are not held.
+
+        Arguments and result are those of `linear_bce_with_logits`: features [..., D], and exactly
+        one of positives [..., P] and labels [..., L].
+        """
         return jaxbce.linear_bce_with_logits(
             *self._operands(features),
             positives=positives,
@@ -117,7 +121,10 @@ class MultiLabelHead(nnx.Module):
         )
 
     def top_k(self, features: ArrayLike, k: int) -> tuple[jax.Array, jax.Array]:
-        """The k highest logits and their labels, both [..., k]: see `linear_top_k`."""
+        """The k highest logits and their labels, both [..., k], highest first.
+
+        Arguments and result are those of `linear_top_k`: features [..., D], and k in [1, L].
+        """
         return jaxbce.linear_top_k(*self._operands(features), k=k, chunk_size=self.chunk_size)
 
     def _operands(self, features: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array | None]:

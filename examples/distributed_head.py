@@ -1,6 +1,6 @@
 """The chunked head on a mesh that spans processes, as on a cluster of several hosts.
 
-    pip install "jaxbce[examples]"
+    pip install -e ".[examples]"                   # in a clone of the repository
     python examples/distributed_head.py            # about 20 s on a 2-core CPU; --help for options
 
 Without `--process-id` it starts two processes of two virtual CPU devices each on this machine, over

@@ -1,6 +1,6 @@
 """Four losses on images of several handwritten digits: which of ten digits are present?
 
-    pip install "jaxbce[examples]"
+    pip install -e ".[examples]"                   # in a clone of the repository
     python examples/multilabel_digits.py           # about 50 s of CPU time; --help for options
 
 A small convolutional network (Flax NNX) is trained from scratch with plain binary cross-entropy,

@@ -1,6 +1,6 @@
 """Multi-label classification of yeast genes with Flax NNX, optax and `jaxbce.bce_with_logits`.
 
-    pip install "jaxbce[examples]"
+    pip install -e ".[examples]"                   # in a clone of the repository
     python examples/multilabel_yeast.py            # about 25 s on a 2-core CPU; --help for options
 
 A two-layer network predicts which of 14 functional classes a gene has from 103 numbers. The batch

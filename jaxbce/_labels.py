@@ -159,8 +159,8 @@ def balanced_pos_weight(
       positives: integer array [..., P] of label ids instead, padded with -1.
       num_labels: the number of labels L, an int; with positives only.
       where: bool array that broadcasts to [..., L]; False leaves an element out. None keeps all.
-      max_weight: the largest result; None is no limit, about 10 keeps a rare
-        label from dominating.
+      max_weight: number > 0, the largest result; None is no limit, about 10 keeps a rare label from
+        dominating.
 
     Returns:
       A float32 array [L] (float64 for float64 labels).

@@ -23,7 +23,8 @@ def bce_with_logits(
 ) -> jax.Array:
     """Binary cross-entropy of sigmoid(logits) against labels, in one stable step.
 
-    Use it to train any binary or multi-label classifier that outputs logits.
+    Use it to train any binary or multi-label classifier that outputs logits. To predict, apply
+    `jax.nn.sigmoid` to the logits.
 
     Formula, with x a logit, y its label, q its pos_weight and w its weight:
 
@@ -68,6 +69,9 @@ def bce_with_logits(
       >>> labels = jnp.array([[1, 0], [0, 1]])
       >>> print(round(float(jaxbce.bce_with_logits(logits, labels)), 4))
       0.3657
+      >>> known = jnp.array([[True, True], [False, True]])
+      >>> print(round(float(jaxbce.bce_with_logits(logits, labels, where=known)), 4))
+      0.1629
 
     Source: PyTorch's `BCEWithLogitsLoss`, whose arguments and divisor it shares.
     """
@@ -104,12 +108,15 @@ def sigmoid_binary_cross_entropy(
     Args:
       logits: float array of any shape.
       labels: float, integer or bool array of the same shape, in [0, 1].
-      weight: real array that broadcasts to the shape of logits; None is 1.
-      pos_weight: real array that broadcasts to the shape of logits; None is 1.
+      weight: real array that broadcasts to the shape of logits and multiplies the loss; None is 1.
+        One value per row of a (batch, labels) array is `weight[:, None]`.
+      pos_weight: real array that broadcasts to the shape of logits, usually (labels,), and
+        multiplies the positive term only; None is 1.
       label_smoothing: number a in [0, 1]; labels become y (1 − a) + a / 2.
-      where: bool array that broadcasts to the shape of logits; None keeps everything.
+      where: bool array that broadcasts to the shape of logits; False gives a loss of 0. None keeps
+        everything.
       forward_mode: True selects a rule that also supports `jax.jvp`, `jax.jacfwd` and
-        `jax.linearize`.
+        `jax.linearize`; it may keep intermediate values for the backward pass.
 
     Returns:
       One loss per logit in float32 (float64 for float64 logits), 0 where masked.
@@ -123,7 +130,8 @@ def sigmoid_binary_cross_entropy(
 
     Example:
       >>> import jax.numpy as jnp, jaxbce
-      >>> print(jaxbce.sigmoid_binary_cross_entropy(jnp.array([0.0, jnp.inf]), jnp.array([1, 1])))
+      >>> logits, labels = jnp.array([0.0, jnp.inf]), jnp.array([1, 1])
+      >>> print(jaxbce.sigmoid_binary_cross_entropy(logits, labels))
       [0.6931472 0.       ]
 
     Source: `optax.sigmoid_binary_cross_entropy`.
@@ -162,11 +170,13 @@ def sparse_bce_with_logits(
       logits: float array [..., L].
       positives: integer array [..., P] of label ids, padded with -1, with the leading axes of
         logits; P may be 0.
-      weight: real array that broadcasts to the shape of logits; None is 1. One value per row of a
-        (batch, labels) array is `weight[:, None]`.
-      pos_weight: real array that broadcasts to the shape of logits, usually (labels,); None is 1.
+      weight: real array that broadcasts to the shape of logits and multiplies the loss; None is 1.
+        One value per row of a (batch, labels) array is `weight[:, None]`.
+      pos_weight: real array that broadcasts to the shape of logits, usually (labels,), and
+        multiplies the positive term only; None is 1.
       label_smoothing: number a in [0, 1]; labels become y (1 − a) + a / 2.
-      where: bool array that broadcasts to the shape of logits; None keeps everything.
+      where: bool array that broadcasts to the shape of logits; False leaves an element out. None
+        keeps everything.
       reduction: "mean", "sum", "batchmean" or "none", as for `bce_with_logits`.
 
     Returns:

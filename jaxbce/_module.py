@@ -26,14 +26,16 @@ class BCEWithLogitsLoss:
     Formula: that of `bce_with_logits`.
 
     Args:
-      weight: a leaf; real array that broadcasts to the shape of logits; None is 1.
-      pos_weight: a leaf; real array that broadcasts to the shape of logits; None is 1.
-      label_smoothing: number in [0, 1].
-      reduction: "mean", "sum", "batchmean" or "none".
+      weight: a leaf; real array that broadcasts to the shape of logits and multiplies the loss;
+        None is 1.
+      pos_weight: a leaf; real array that broadcasts to the shape of logits, usually (labels,), and
+        multiplies the positive term only; None is 1.
+      label_smoothing: Python number a in [0, 1]; labels become y (1 − a) + a / 2.
+      reduction: "mean", "sum", "batchmean" or "none", as for `bce_with_logits`.
 
     Returns:
       An object to call with `(logits, labels, *, where=None)`, which returns what `bce_with_logits`
-      does.
+      does: the loss in float32 (float64 for float64 logits).
 
     Raises:
       ValueError: label_smoothing or reduction is not valid. Calling it raises what
@@ -67,6 +69,7 @@ class BCEWithLogitsLoss:
     def __call__(
         self, logits: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None = None
     ) -> jax.Array:
+        """The loss of `logits` against `labels`, with these options: see `bce_with_logits`."""
         return bce_with_logits(
             logits,
             labels,

@@ -52,8 +52,8 @@ def siglip_loss(
 
     Edge values: an empty batch gives 0.
 
-    Differentiable: with respect to both embeddings, log_scale and bias, each in its own dtype;
-    as `linear_bce_with_logits`.
+    Differentiable: with respect to both embeddings, log_scale and bias, each in its own dtype, in
+    reverse mode; forward over reverse and reverse over reverse too.
 
     Example:
       >>> import jax.numpy as jnp, jaxbce

@@ -26,7 +26,7 @@ class MultiLabelHead(nnx.Module):
       in_features: the width D of the features.
       num_labels: the number of labels L.
       use_bias: whether the layer has a bias.
-      prior: the base rate of the labels, one number or an array [L], in (0, 1); the bias starts at
+      prior: the base rate of the labels, a number or an array [L], in (0, 1); the bias starts at
         log(prior / (1 − prior)), with which zero features predict it. From counts, without 0 and 1:
         `jax.nn.sigmoid(jaxbce.prior_bias(labels))`. None starts at 0.
       kernel_init: initialiser of the kernel [D, L].
@@ -36,7 +36,8 @@ class MultiLabelHead(nnx.Module):
       rngs: source of the key of the kernel.
 
     Returns:
-      A module: `head(features)` is the logits [..., L] in float32 (float64 for float64).
+      A module: `head(features)` with features [..., D] is the logits [..., L] in float32 (float64
+      for float64).
 
     Raises:
       ValueError: prior is outside (0, 1), of another shape, or given without a bias; features are
@@ -84,7 +85,7 @@ class MultiLabelHead(nnx.Module):
         self.bias = nnx.Param(_bias(prior, num_labels, param_dtype)) if use_bias else None
 
     def __call__(self, features: ArrayLike) -> jax.Array:
-        """The logits [..., L]."""
+        """The logits features @ kernel + bias, [..., L]: where there is room for them."""
         features, kernel, bias = self._operands(features)
         dtype = jnp.float64 if features.dtype == jnp.float64 else jnp.float32
         logits = jnp.matmul(features, kernel, preferred_element_type=dtype)
@@ -103,7 +104,11 @@ class MultiLabelHead(nnx.Module):
         label_smoothing: ArrayLike = 0.0,
         reduction: str = "mean",
     ) -> jax.Array:
-        """The loss of the logits, which are not held: see `linear_bce_with_logits`."""
+        """The loss of the logits, which are not held.
+
+        Arguments and result are those of `linear_bce_with_logits`: features [..., D], and exactly
+        one of positives [..., P] and labels [..., L].
+        """
         return jaxbce.linear_bce_with_logits(
             *self._operands(features),
             positives=positives,
@@ -116,7 +121,10 @@ class MultiLabelHead(nnx.Module):
         )
 
     def top_k(self, features: ArrayLike, k: int) -> tuple[jax.Array, jax.Array]:
-        """The k highest logits and their labels, both [..., k]: see `linear_top_k`."""
+        """The k highest logits and their labels, both [..., k], highest first.
+
+        Arguments and result are those of `linear_top_k`: features [..., D], and k in [1, L].
+        """
         return jaxbce.linear_top_k(*self._operands(features), k=k, chunk_size=self.chunk_size)
 
     def _operands(self, features: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array | None]:

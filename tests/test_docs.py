@@ -5,6 +5,7 @@ import re
 
 import jax
 import pytest
+from test_package import MODULES, imported_from_jaxbce, public_objects
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -38,6 +39,31 @@ def test_quick_start_is_one_block_of_two_commands():
 def test_links_lead_somewhere(page):
     for path in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / path).exists(), path
+
+
+def test_every_python_block_is_found():
+    """None is indented, in a list or an admonition, where the pattern above would miss it."""
+    for page in PAGES:
+        assert page.read_text().count("```python") == len(blocks("python", page.read_text()))
+
+
+def test_the_reference_has_every_public_name():
+    listed = re.findall(
+        r"^::: jaxbce\.(\S+)$", (ROOT / "docs/reference.md").read_text(), re.MULTILINE
+    )
+    assert sorted(listed) == sorted(name for name, _ in public_objects())
+
+
+def test_the_picture_of_the_modules_is_true():
+    """It and its text have every module, each above all that it imports."""
+    names = r'class="name" x="\d+" y="(\d+)">(\w+)<'
+    picture = re.findall(names, (ROOT / "docs/architecture.svg").read_text())
+    heights = {name: int(y) for y, name in picture}
+    page = (ROOT / "docs/architecture.md").read_text()
+    table = re.findall(r"^\| \d \| `(\w+)` \|", page, re.MULTILINE)
+    assert sorted(heights) == sorted(table) == MODULES
+    for module in MODULES:
+        assert all(heights[module] < heights[used] for used in imported_from_jaxbce(module))
 
 
 def test_the_readme_is_short():

@@ -56,6 +56,15 @@ def test_multilabel_yeast_refuses_to_resume_another_run(tmp_path):
         yeast.main(["--workdir", str(tmp_path / "none"), "--resume"])
 
 
+def test_multilabel_yeast_linen_beats_the_label_frequencies(capsys):
+    linen = load("multilabel_yeast_linen")
+    metrics = linen.main(["--epochs", "4", "--seed", "1"])
+    assert metrics["micro-F1"] > 0.55
+    assert metrics["mAP"] > 0.4
+    assert linen.main(["--epochs", "4", "--seed", "1"]) == metrics
+    assert "label frequencies" in capsys.readouterr().out
+
+
 def available(packages=120):
     """What apt-cache prints, of two kinds of packages; every source builds two."""
     paragraphs = []

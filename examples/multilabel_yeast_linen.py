@@ -1,0 +1,128 @@
+"""The yeast genes of multilabel_yeast.py with Flax Linen, in one short file to start from.
+
+    pip install -e ".[examples]"                   # in a clone of the repository
+    python examples/multilabel_yeast_linen.py      # about 10 s on a 2-core CPU; --help for options
+
+Two layers predict which of 14 functional classes a gene has from 103 numbers: the network,
+optimizer and split of multilabel_yeast.py, without its checkpoints. It makes no picture.
+
+Data: the yeast set of Elisseeff & Weston, "A kernel method for multi-labelled classification"
+(2001), 2417 genes, from the MULAN repository (mulan.sourceforge.net), carried, without a licence of
+its own, by the PyPI package river 0.26.1 (BSD-3-Clause). Rows 0 to 916 are the canonical test part.
+
+Expected on the test part: the median of seeds 0, 1, 2 and (lowest-highest), at threshold 0.5.
+
+                    network                   label frequencies
+    Hamming loss    0.1935 (0.1935-0.1939)    0.2330
+    micro-F1        0.6422 (0.6421-0.6427)    0.4783
+    mAP             0.4993 (0.4973-0.5012)    0.3037
+
+It tests the last of 60 epochs, where the validation loss on other splits is lowest.
+"""
+
+import argparse
+import gzip
+import importlib.util
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.training.train_state import TrainState
+from sklearn import metrics as skm
+
+import jaxbce
+
+FEATURES, LABELS, TEST_ROWS, VALIDATION_ROWS = 103, 14, 917, 300
+BATCH, LEARNING_RATE, WEIGHT_DECAY = 48, 1e-3, 0.5
+
+
+def load_yeast() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Features and labels to train on, features and labels to test on."""
+    river = importlib.util.find_spec("river")
+    if river is None or river.origin is None:
+        raise SystemExit("The data come with river: install it with `pip install river==0.26.1`.")
+    with gzip.open(Path(river.origin).parent / "datasets" / "yeast.csv.gz", "rt") as file:
+        table = np.loadtxt(file, delimiter=",", skiprows=1, dtype=np.float32)
+    features, labels = np.split(table, [FEATURES], axis=1)
+    order = TEST_ROWS + np.random.default_rng(0).permutation(len(table) - TEST_ROWS)
+    train = order[VALIDATION_ROWS:]
+    features = (features - features[train].mean(axis=0)) / features[train].std(axis=0)
+    return features[train], labels[train], features[:TEST_ROWS], labels[:TEST_ROWS]
+
+
+class Classifier(nn.Module):
+    """Two dense layers; dropout on the features and on the hidden units."""
+
+    prior: tuple[float, ...]  # of the bias of each label: what an untrained network predicts
+
+    @nn.compact
+    def __call__(self, features: jax.Array, train: bool = False) -> jax.Array:
+        features = nn.Dropout(0.4, deterministic=not train)(features)
+        hidden = nn.Dropout(0.5, deterministic=not train)(nn.relu(nn.Dense(256)(features)))
+        return nn.Dense(LABELS, bias_init=lambda *_: jnp.array(self.prior))(hidden)
+
+
+@jax.jit
+def train_step(
+    state: TrainState, features: jax.Array, labels: jax.Array, key: jax.Array
+) -> tuple[TrainState, jax.Array]:
+    dropout = {"dropout": jax.random.fold_in(key, state.step)}
+
+    def loss_of(params: dict) -> jax.Array:
+        logits = state.apply_fn({"params": params}, features, train=True, rngs=dropout)
+        return jaxbce.bce_with_logits(logits, labels)
+
+    loss, gradients = jax.value_and_grad(loss_of)(state.params)
+    return state.apply_gradients(grads=gradients), loss
+
+
+def evaluate(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+    labels, decisions = labels.astype(int), (scores >= 0.5).astype(int)
+    return {
+        "Hamming loss": float(skm.hamming_loss(labels, decisions)),
+        "micro-F1": float(skm.f1_score(labels, decisions, average="micro")),
+        "mAP": float(skm.average_precision_score(labels, scores, average="macro")),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Runs the program; returns the network's metrics on the test part."""
+    parser = argparse.ArgumentParser(
+        description="Trains a multi-label classifier on the yeast set with Flax Linen and jaxbce.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--epochs", type=int, default=60, help="passes over the training part")
+    parser.add_argument("--seed", type=int, default=0, help="decides weights, batches and dropout")
+    args = parser.parse_args(argv)
+
+    started = time.perf_counter()
+    features, labels, test_features, test_labels = load_yeast()
+    model = Classifier(tuple(jaxbce.prior_bias(labels).tolist()))
+    key, init_key = jax.random.split(jax.random.key(args.seed))
+    params = model.init(init_key, features[:1])["params"]
+    optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
+    for epoch in range(1, args.epochs + 1):
+        order = np.random.default_rng((args.seed, epoch)).permutation(len(features))
+        for rows in np.split(order, range(BATCH, len(order), BATCH))[: len(order) // BATCH]:
+            state, loss = train_step(state, features[rows], labels[rows], key)
+        if epoch % 10 == 0:
+            print(f"epoch {epoch}/{args.epochs}: loss of the last batch {loss:.4f}", flush=True)
+
+    scores = nn.sigmoid(model.apply({"params": state.params}, test_features))
+    frequencies = np.broadcast_to(labels.mean(axis=0), test_labels.shape)
+    results = {"network": np.asarray(scores), "label frequencies": frequencies}
+    results = {name: evaluate(test_labels, values) for name, values in results.items()}
+    for name, metrics in results.items():
+        print(f"{name:<18}", *(f"{metric} {value:.4f}  " for metric, value in metrics.items()))
+    print(f"{time.perf_counter() - started:.1f} s")
+    return results["network"]
+
+
+if __name__ == "__main__":
+    main()

@@ -42,18 +42,16 @@ def draw(batch, width, labels, positives=8):
     )
 
 
-def chunked(chunk_size=None):
+def chunked(**options):
     def loss(features, kernel, bias, positives):
-        return jaxbce.linear_bce_with_logits(
-            features, kernel, bias, positives=positives, chunk_size=chunk_size
-        )
+        return jaxbce.linear_bce_with_logits(features, kernel, bias, positives=positives, **options)
 
     return jax.value_and_grad(loss, argnums=(0, 1, 2))
 
 
 def dense(features, kernel, bias, positives):
     def loss(features, kernel, bias):
-        logits = features @ kernel + bias
+        logits = (features @ kernel + bias).astype(jnp.float32)  # as in the chunked head
         rows = jnp.arange(len(positives))[:, None]
         labels = jnp.zeros_like(logits).at[rows, positives].set(1)
         return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
@@ -80,12 +78,12 @@ def three_products(chunk_size):
     return run
 
 
-def medians(variants, arguments):
+def medians(variants, arguments, rounds=ROUNDS):
     """Seconds of each variant."""
     compiled = {name: jax.jit(fn).lower(*arguments).compile() for name, fn in variants.items()}
     seconds = {name: [] for name in variants}
     order, rng = list(compiled.items()), random.Random(0)
-    for round_ in range(ROUNDS + 1):
+    for round_ in range(rounds + 1):
         rng.shuffle(order)
         for name, run in order:
             start = time.perf_counter()
@@ -111,7 +109,7 @@ def compare_chunks():
         batch, _, labels = shape
         chosen = min(_linear.default_chunk_size(batch, labels), labels)  # what None stands for
         chunks = sorted({chosen, labels, *(chunk for chunk in CHUNKS if chunk < labels)})
-        variants = {chunk: chunked(chunk) for chunk in chunks if batch * chunk <= 2**24}
+        variants = {chunk: chunked(chunk_size=chunk) for chunk in chunks if batch * chunk <= 2**24}
         times = medians(variants, draw(*shape))
         best = min(times, key=times.get)
         row = ", ".join(f"{chunk}: {1e3 * seconds:.1f}" for chunk, seconds in times.items())

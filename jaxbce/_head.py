@@ -91,9 +91,7 @@ def linear_bce_with_logits(
     name = "linear_bce_with_logits"
     _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
     smoothing = _checks.fraction_or_none(name, "label_smoothing", label_smoothing)
-    if (positives is None) == (labels is None):
-        given = "neither" if labels is None else "both"
-        raise ValueError(f"{name}: give exactly one of positives and labels, got {given}")
+    _checks.check_one_of(name, positives=positives, labels=labels)
     loss: jax.Array = _evaluate(
         features,
         kernel,

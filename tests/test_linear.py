@@ -355,8 +355,8 @@ def test_lowers_for_every_platform(platform):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"positives": None}, ValueError, "exactly one of positives and labels, got neither"),
-        ({"labels": np.ones((5, LABELS))}, ValueError, "exactly one .* got both"),
+        ({"positives": None}, ValueError, "exactly one of positives and labels .* got neither"),
+        ({"labels": np.ones((5, LABELS))}, ValueError, "exactly one .* got positives and labels"),
         ({"kernel": np.ones((LABELS, WIDTH), np.float32)}, ValueError, "kernel.T"),
         ({"bias": np.ones(3, np.float32)}, ValueError, r"bias must have shape \(labels,\)"),
         ({"weight": np.ones((5, 1))}, ValueError, r"weight must have shape"),

@@ -116,7 +116,8 @@ class Arguments:
             return None
         values = self._real(argument, values)
         check_broadcasts(self.name, argument, values.shape, self.scores_name, self.shape)
-        return jnp.broadcast_to(values, self.shape)
+        # Sharded as the scores where their type says how.
+        return jnp.broadcast_to(values, self.shape, out_sharding=jax.typeof(self.scores).sharding)
 
     def mask(self, where: Any) -> jax.Array | None:
         """An optional mask, in its own shape but with the rank of the scores."""

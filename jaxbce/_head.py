@@ -255,8 +255,10 @@ def _evaluate(
     divisors = {"mean": batch * num_labels, "batchmean": batch}
     scale = jnp.ones(batch, dtype) if weight is None else weight
     scale = scale * (1 / max(divisors.get(reduction, 1), 1))  # as an int it may overflow
-    operands = _linear.Operands(
-        features, kernel, bias, positives, labels, pos_weight, label_smoothing, scale
+    operands = how.place(
+        _linear.Operands(
+            features, kernel, bias, positives, labels, pos_weight, label_smoothing, scale
+        )
     )
     if reduction != "none":
         return _linear.total_loss(how, operands)

@@ -191,6 +191,10 @@ class OneDevice:
 
     chunk_size: int
 
+    def place(self, operands: Operands) -> Operands:
+        """The operands where `run` takes them."""
+        return operands
+
     def run(self, operands: Operands, wanted: Wanted) -> tuple[jax.Array, Gradients]:
         return full_pass(operands, wanted, self.chunk_size)
 

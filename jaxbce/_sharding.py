@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxbce import _checks, _linear
 
@@ -29,6 +29,19 @@ class OnMesh(_linear.OneDevice):
             "label_smoothing": PartitionSpec(),
             "scale": PartitionSpec(batch),
         }
+
+    def place(self, operands: _linear.Operands) -> _linear.Operands:
+        """On a mesh of explicit axes, whose types tell how arrays are sharded, as `run` takes them.
+
+        An automatic mesh needs nothing: the compiler sees to it.
+        """
+        if AxisType.Explicit not in self.mesh.axis_types:
+            return operands
+        placed: list[Any] = [
+            None if array is None else jax.reshard(array, NamedSharding(self.mesh, spec))
+            for array, spec in zip(operands, self.specs().values(), strict=True)
+        ]
+        return _linear.Operands(*placed)
 
     def run(
         self, operands: _linear.Operands, wanted: _linear.Wanted

@@ -115,4 +115,4 @@ def _siglip(
         label_smoothing=None,
         scale=jnp.full(batch, 1 / max(batch, 1), dtype),
     )
-    return _linear.total_loss(how, operands)
+    return _linear.total_loss(how, how.place(operands))

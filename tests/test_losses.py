@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from losses import LOSSES, dense_losses, every_loss, logit_losses, pos_weight_losses
 from programs import collectives
@@ -96,6 +97,37 @@ def test_hessian(loss, rng):
     np.testing.assert_allclose(reverse_over_reverse, hessian, rtol=1e-6)
     _, along_ones = jax.jvp(lambda s: jax.grad(loss.total)(s, labels), (scores,), (scores * 0 + 1,))
     np.testing.assert_allclose(along_ones, hessian.sum(1), rtol=1e-6)
+
+
+@dense_losses
+def test_second_derivative_by_label_and_score(loss, rng):
+    scores, labels = loss.draw(rng, (5,))
+    labels = labels * 0.5 + 0.25
+    mixed = jax.jacrev(jax.grad(loss.total, argnums=1), argnums=0)(scores, labels)
+    step = 1e-5
+    above, below = (
+        loss.oracle(np.float64(scores), np.float64(labels) + side)[1] for side in (step, -step)
+    )
+    np.testing.assert_allclose(mixed, np.diag((above - below) / (2 * step)), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("forward_mode", [False, True], ids=["reverse_mode", "forward_mode"])
+@pytest.mark.parametrize("q", [None, 2.5], ids="pos_weight={}".format)
+def test_second_derivatives_across_arguments(q, forward_mode):
+    def loss(x, y, q):
+        return jaxbce.bce_with_logits(x, y, pos_weight=q, forward_mode=forward_mode)
+
+    x, y, q_ = 0.7, 0.3, q or 1.0
+    s, t, softplus = oracle.sigmoid(x), oracle.sigmoid(-x), oracle.softplus(-x)
+    expected = [
+        [(1 - y + q_ * y) * s * t, -s - q_ * t, -y * t],
+        [-s - q_ * t, 0, softplus],
+        [-y * t, softplus, 0],
+    ]
+    moving = 2 if q is None else 3
+    hessian = jax.hessian(loss, argnums=tuple(range(moving)))(x, y, q)
+    expected = [row[:moving] for row in expected[:moving]]
+    np.testing.assert_allclose(hessian, expected, rtol=1e-6)
 
 
 @logit_losses

@@ -14,5 +14,10 @@ settings.load_profile("repeatable")
 
 
 @pytest.fixture
+def mesh() -> jax.sharding.Mesh:
+    return jax.make_mesh((4, 2), ("batch", "labels"), (jax.sharding.AxisType.Auto,) * 2)
+
+
+@pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

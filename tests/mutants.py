@@ -1,14 +1,22 @@
 """Breaks jaxbce in many ways and shows that the tests notice each.
 
-    python tests/mutants.py                 # every mutant, some minutes each ten
+    python tests/mutants.py                 # every mutant, about a quarter of an hour
     python tests/mutants.py _reduce         # those of one module
+    python tests/mutants.py --dry-run       # only whether every text is still there
 
-A mutant is one replacement in one module. Each is tried in a copy of the package against the test
-files named for its module; a mutant that no test notices is printed and makes the exit status 1.
+A mutant is one replacement in one module, listed under the test that must notice it. It is tried in
+a copy of the package; first all those tests pass without a mutant. One that its test does not
+notice is printed and makes the exit status 1: a test is missing, or the mutant changes nothing.
+
+What only costs time or memory is not here: no test of a value can notice it.
 """
 
+import argparse
+import collections
+import concurrent.futures
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -16,134 +24,600 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-TESTS = {
-    "_kernels": ["test_losses.py", "test_accuracy.py"],
-    "_reduce": ["test_losses.py"],
-    "_checks": ["test_checks.py"],
-    "_losses": ["test_losses.py", "test_checks.py"],
-    "_module": ["test_module.py"],
-}
-
+# module: {test file: {test: [(text, its replacement)]}}
 MUTANTS = {
-    "_kernels": [
-        ("return t - s * (t - z * series)", "return jnp.log1p(t)"),
-        ("return t - s * (t - z * series)", "return jnp.log(1 + t)"),
-        ("0.27986288", "0.27886288"),
-        ("return t - t * (t / (1 + t))", "return t / (1 + t)"),
-        ("return t - t * (t / (1 + t))", "return 1 - 1 / (1 + t)"),
-        ("slope = jnp.where(x > 0, a, b)", "slope = jnp.where(x < 0, a, b)"),
-        ("linear = jnp.where(slope == 0, 0, magnitude * slope)", "linear = magnitude * slope"),
-        ("return linear + (a + b) * log1p_unit", "return linear + (a - b) * log1p_unit"),
-        ("return sigmoid_mix(x, a, b), softplus(x)", "return sigmoid_mix(x, b, a), softplus(x)"),
-        ("softplus(x), softplus(-x)", "softplus(-x), softplus(x)"),
-        ("jnp.where(x >= 0, a - tail, tail - b)", "jnp.where(x > 0, a - tail, tail + b)"),
-        ("(a + b) * sigmoid_slope(x), sigmoid(x)", "(a - b) * sigmoid_slope(x), sigmoid(x)"),
-        ("sigmoid(x), -sigmoid(-x)", "sigmoid(x), sigmoid(-x)"),
-        ("return tail - tail * tail", "return tail * tail"),
-        (
-            "return (-sigmoid_slope(x) * jnp.tanh(x / 2),)",
-            "return (sigmoid_slope(x) * jnp.tanh(x),)",
-        ),
-        ("slope = (positive - y) * sign", "slope = positive - y"),
-        ("slope = slope * (positive + (0.5 - sign * 0.5) * q)", "slope = slope * q"),
-        ("curvature = curvature * ((1 - y) + q * y)", "curvature = curvature * q"),
-        (
-            "slope * jnp.minimum(magnitude * (1 / scale), jnp.finfo(x.dtype).max) * scale",
-            "slope * magnitude",
-        ),
-        ("return sigmoid_mix(x, 1 - y, y), -x, None", "return sigmoid_mix(x, 1 - y, y), x, None"),
-        (
-            "return sigmoid_mix(x, 1 - y, y), -x, None",
-            "return (sigmoid(x) - y) * 1, -x, None",
-        ),
-        ("d_labels = softplus_mix(x, -one, q)", "d_labels = softplus_mix(x, -one, one)"),
-        ("softplus_mix(x, jnp.zeros_like(x), y)", "softplus_mix(x, y, jnp.zeros_like(x))"),
-        ("return forward(*inputs), inputs", "return kernel(*inputs), inputs"),
-        ("isinstance(tangent, SymbolicZero)", "not isinstance(tangent, SymbolicZero)"),
-        ("jnp.maximum(jnp.log(p), -100)", "jnp.log(p)"),
-        ("jnp.maximum(jnp.log1p(-p), -100)", "jnp.maximum(jnp.log(1 - p), -50)"),
-        ("jnp.maximum(p * (1 - p), 1e-12)", "p * (1 - p)"),
-        ("(p - y) / spread(p), -log_odds(p)", "(p - y) / spread(p), log_odds(p)"),
-        ("return (1 / spread(p),)", "return (spread(p),)"),
-    ],
-    "_reduce": [
-        ("(weight != 0) | jnp.isfinite(values)", "(weight != 0) & jnp.isfinite(values)"),
-        ("return keep if where is None else keep & where", "return keep"),
-        ("loss = loss * weight", "pass"),
-        ("loss = jnp.where(keep, loss, 0)", "loss = loss * keep.astype(loss.dtype)"),
-        ('if reduction == "sum":', 'if reduction == "mean":'),
-        ('per_row = reduction == "batchmean"', "per_row = False"),
-        ("max(math.prod(units), 1)", "math.prod(units)"),
-        ("jnp.maximum(count_kept(where, units, per_row, loss.dtype), 1)", "loss.size"),
-        (
-            "jnp.maximum(count_kept(where, units, per_row, loss.dtype), 1)",
-            "count_kept(where, units, per_row, loss.dtype)",
-        ),
-        ("where = jnp.any(where, axis=-1)", "where = jnp.all(where, axis=-1)"),
-        ("* (math.prod(units) // max(where.size, 1))", ""),
-    ],
-    "_checks": [
-        ("with _value_checks(True):", "with _value_checks(False):"),
-        ("ok = (values >= 0) & (values <= 1)", "ok = ~((values < 0) | (values > 1))"),
-        ("ok |= ~keep", "pass"),
-        ("jnp.ravel(values)[jnp.argmin(ok)]", "jnp.ravel(values)[0]"),
-        ("if labels.shape != self.shape:", "if labels.size != self.scores.size:"),
-        ("== target\n    except", "!= ()\n    except"),
-        ("if dtype != jnp.bool_:", "if False:"),
-        ("if number.ndim:", "if False:"),
-        ("if value not in choices:", "if False:"),
-        ("and not 0 <= value <= 1:", "and value < 0:"),
-    ],
-    "_losses": [
-        ("y = y * (1 - a) + a / 2", "y = y * (1 - a) + a"),
-        ("x = jnp.where(keep, x, 0)", "pass"),
-        ("y = jnp.where(keep, y, 0)", "pass"),
-        (
-            "_kernels.bce_with_logits_forward if forward_mode",
-            "_kernels.bce_with_logits if forward_mode",
-        ),
-        (
-            '        weight,\n        label_smoothing,\n        where,\n        "none",',
-            '        None,\n        label_smoothing,\n        where,\n        "none",',
-        ),
-    ],
-    "_module": [
-        ("weight=self.weight,", ""),
-        ("label_smoothing=self.label_smoothing,", ""),
-        ("where=where,", ""),
-        ("is not field.default", "is field.default"),
-        ("frozen=True, ", ""),
-    ],
+    "_kernels": {
+        "test_accuracy.py": {
+            "test_where_it_matters_in_float32": [
+                ("return t - s * (t - z * series)", "return jnp.log1p(t)"),
+                ("return t - s * (t - z * series)", "return jnp.log(1 + t)"),
+                ("0.27986288", "0.27886288"),
+                ("return t - t * (t / (1 + t))", "return 1 - 1 / (1 + t)"),
+                ("(1 - y) - tail, tail - y", "1 - (y + tail), tail - y"),
+                ("return sigmoid_minus(x, y), -x, None", "return sigmoid(x) - y, -x, None"),
+                ("return tail - tail * tail", "return tail * tail"),
+            ],
+            "test_third_derivative_in_the_tails": [
+                ("-sigmoid_slope(x) * jnp.tanh(x / 2)", "-sigmoid_slope(x) * jnp.tanh(x)"),
+                ("-sigmoid_slope(x) * jnp.tanh(x / 2)", "sigmoid_slope(x) * jnp.tanh(x / 2)"),
+            ],
+            "test_gradients_of_the_other_arguments": [
+                ("return sigmoid_minus(x, y), -x, None", "return sigmoid_minus(x, y), x, None"),
+                ("softplus_mix(x, -jnp.ones_like(x), q)", "softplus_mix(x, -q, q)"),
+                ("softplus_mix(x, jnp.zeros_like(x), y)", "softplus_mix(x, y, jnp.zeros_like(x))"),
+            ],
+        },
+        "test_losses.py": {
+            "test_value_and_gradient_match_the_oracle": [
+                ("jnp.where(x > 0, a, b), a + b", "jnp.where(x < 0, a, b), a + b"),
+                ("jnp.where(x > 0, a, b), a + b", "jnp.where(x > 0, a, b), a - b"),
+                ("jnp.where(x > 0, 1 - y, y), 1)", "jnp.where(x > 0, y, 1 - y), 1)"),
+                ("softplus_mix_value(x, 1 - y, q * y)", "softplus_mix_value(x, q - y, q * y)"),
+                ("sigmoid_mix(x, 1 - y, q * y), d_labels", "sigmoid_mix(x, 1 - y, y), d_labels"),
+                ("a - tail, tail - b)", "a - tail, tail + b)"),
+                ("(p - y) / spread(p), -log_odds(p)", "(p - y) * spread(p), -log_odds(p)"),
+            ],
+            "test_infinite_logits": [
+                (
+                    "jnp.where(slope == 0, curved, magnitude * slope + curved)",
+                    "magnitude * slope + curved",
+                ),
+                ("defjvp(jvp, symbolic_zeros=True)", "defjvp(jvp)"),
+            ],
+            "test_hessian": [
+                ("return forward(*inputs), inputs", "return kernel(*inputs), inputs"),
+                ("return sigmoid_slope(x), -jnp", "return -sigmoid_slope(x), -jnp"),
+                (
+                    "(a + b) * sigmoid_slope(x), sigmoid(x)",
+                    "(a - b) * sigmoid_slope(x), sigmoid(x)",
+                ),
+            ],
+            "test_second_derivative_by_label_and_score": [
+                ("return (1 / spread(p),)", "return (spread(p),)"),
+                ("clamped_log(p) - clamped_log1m(p)", "clamped_log(p) + clamped_log1m(p)"),
+            ],
+            "test_second_derivatives_across_arguments": [
+                ("-jnp.ones_like(x)\n\n\nsigmoid_minus =", "jnp.ones_like(x)\n\n\nsigmoid_minus ="),
+                ("sigmoid(x), -sigmoid(-x)", "sigmoid(x), sigmoid(-x)"),
+                (
+                    "return sigmoid_mix(x, a, b), softplus(x)",
+                    "return sigmoid_mix(x, b, a), softplus(x)",
+                ),
+                ("softplus(x), softplus(-x)", "softplus(-x), softplus(x)"),
+            ],
+            "test_hessian_of_the_squared_loss_at_logit_zero": [
+                ("kernel = jax.custom_jvp(jax.jit(value, inline=True))\n", "return value\n"),
+            ],
+            "test_forward_mode_only_where_promised": [
+                ("isinstance(tangent, SymbolicZero)", "isinstance(tangent, jax.Array)"),
+            ],
+            "test_inside_shard_map": [
+                (
+                    "jax.linear_transpose(lambda *tangents: tangent(tangents), *residuals)(g)",
+                    "tuple(s if s is None else g * s for s in partials(*residuals))",
+                ),
+            ],
+            "test_probabilities_of_zero_and_one": [
+                ("jnp.maximum(jnp.log(p), -100)", "jnp.log(p)"),
+                ("jnp.maximum(jnp.log1p(-p), -100)", "jnp.maximum(jnp.log1p(-p), -50)"),
+                ("jnp.maximum(p * (1 - p), 1e-12)", "p * (1 - p)"),
+            ],
+            "test_gradient_of_labels_and_weight": [
+                ("(p - y) / spread(p), -log_odds(p)", "(p - y) / spread(p), log_odds(p)"),
+            ],
+        },
+    },
+    "_reduce": {
+        "test_losses.py": {
+            "test_divisors": [
+                ("loss = loss * weight", "pass"),
+                ("per_row = reduction ==", "per_row = reduction !="),
+                ("where = jnp.any(where, axis=-1)", "where = jnp.all(where, axis=-1)"),
+                ("* (math.prod(units) // max(where.size, 1))", ""),
+                ("count_kept(where, units, per_row, loss.dtype), 1)", "loss.size, 1)"),
+                (
+                    "jnp.maximum(count_kept(where, units, per_row, loss.dtype), 1)",
+                    "count_kept(where, units, per_row, loss.dtype)",
+                ),
+            ],
+            "test_empty_arrays_give_zero": [
+                ("max(math.prod(units), 1)", "math.prod(units)"),
+                ("max(where.size, 1)", "where.size"),
+            ],
+            "test_garbage_behind_a_mask_or_a_zero_weight_leaves_no_trace": [
+                ("(weight != 0) | jnp.isfinite(values)", "weight == weight"),
+                ("loss = jnp.where(keep, loss, 0)", "pass"),
+                ("if where is None else keep & where", "if where is None else keep | where"),
+            ],
+            "test_gradient_of_labels_and_weight": [
+                ("(weight != 0) | jnp.isfinite(values)", "weight != 0"),
+            ],
+            "test_unreduced_sums_to_the_sum": [
+                ('if reduction == "none":', 'if reduction == "sum":'),
+            ],
+            "test_a_large_mask_is_counted_exactly": [
+                ("jnp.int32 if 2**24 < where.size < 2**31 else jnp.float32", "jnp.float32"),
+            ],
+        },
+    },
+    "_checks": {
+        "test_checks.py": {
+            "test_checked_names_function_argument_and_value": [
+                ("with _value_checks(True):", "with _value_checks(False):"),
+                ("ok = (values >= 0) & (values <= 1)", "ok = ~((values < 0) | (values > 1))"),
+                ("jnp.ravel(values)[jnp.argmin(ok)]", "jnp.ravel(values)[0]"),
+            ],
+            "test_checked_ignores_what_is_not_kept": [("ok |= ~keep", "pass")],
+            "test_bad_arguments": [
+                ("if labels.shape != self.shape:", "if labels.size != self.scores.size:"),
+                ("fits = np.broadcast_shapes(shape, target) == target", "fits = len(shape) <= 2"),
+                ("if dtype != jnp.bool_:", "if False:"),
+                ("isinstance(values, ARRAY_TYPES)", "isinstance(values, object)"),
+                ("jnp.issubdtype(dtype, jnp.complexfloating)", "False"),
+            ],
+            "test_label_smoothing_must_be_one_number": [("if number.ndim:", "if False:")],
+            "test_unknown_reduction_lists_the_valid_ones": [("value not in choices:", "False:")],
+            "test_label_smoothing_out_of_range": [("and not 0 <= value <= 1:", "and value < 0:")],
+            "test_checked_on_an_empty_array": [("or not values.size:", ":")],
+            "test_without_checked_nothing_is_traced": [
+                ("default_value=False", "default_value=True")
+            ],
+        },
+        "test_losses.py": {
+            "test_float64": [
+                ("jnp.float64 if dtype == jnp.float64 else jnp.float32", "jnp.float32"),
+            ],
+            "test_divisors": [
+                ("jnp.expand_dims(where, range(len(target) - where.ndim))", "where"),
+            ],
+        },
+        "test_labels.py": {
+            "test_checked_positives": [("inside | (ids == -1)", "inside | (ids < 0)")],
+            "test_multi_hot_of_any_integer_dtype": [("if dtype.itemsize < 4:", "if False:")],
+            "test_multi_hot_does_not_wrap_a_wide_id": [("if dtype.itemsize < 4:", "if True:")],
+            "test_multi_hot": [("jnp.where(inside, ids, num_labels)", "jnp.abs(ids)")],
+            "test_multi_hot_shapes": [("or value < least or", "or value <= least or")],
+            "test_count_errors": [("if len(given) != 1:", "if len(given) > 1:")],
+            "test_sparse_loss_errors": [
+                ("if ids.shape[:-1] != self.shape[:-1]:", "if ids.ndim != len(self.shape):"),
+            ],
+        },
+        "test_focal.py": {
+            "test_hyper_parameters_out_of_range": [
+                ("not low <= number < high", "number < low or number >= high"),
+            ],
+            "test_a_traced_hyper_parameter_says_how_to_make_it_static": [
+                ("not isinstance(value, numbers.Real)", "False"),
+            ],
+        },
+        "test_linear.py": {
+            "test_top_k_out_of_range": [
+                ("and not isinstance(value, bool)", ""),
+                ("(largest is not None and value > largest)", "False"),
+            ],
+            "test_errors_name_the_argument": [
+                ("array.shape != shape:", "array.ndim != len(shape):"),
+                ("if floating and not", "if False and not"),
+            ],
+        },
+    },
+    "_losses": {
+        "test_checks.py": {
+            "test_label_smoothing_goes_toward_one_half": [
+                ("y = y * (1 - a) + a / 2", "y = y * (1 - a) + a"),
+            ],
+            "test_checked_traced_label_smoothing": [
+                ('check.unit_interval("label_smoothing", a)', "pass"),
+            ],
+            "test_checked_probabilities": [('if check.scores_name == "probs":', "if False:")],
+            "test_checked_ignores_what_is_not_kept": [
+                ('check.unit_interval("labels", y, keep)', 'check.unit_interval("labels", y)'),
+            ],
+        },
+        "test_losses.py": {
+            "test_garbage_behind_a_mask_or_a_zero_weight_leaves_no_trace": [
+                ("x = jnp.where(keep, x, 0)", "pass"),
+                ("y = jnp.where(keep, y, 0)", "pass"),
+                ("bound = y + (", "bound = ("),
+                ("(jnp.sqrt(x * (1 - x)) if kernel is _kernels.bce else x)", "x"),
+                ("bound * jnp.maximum(extra, 1)", "bound"),
+                ("weight, keep, where, reduction)", "weight, keep, keep, reduction)"),
+            ],
+            "test_forward_mode_only_where_promised": [
+                ("_kernels.bce_with_logits_forward if", "_kernels.bce_with_logits if"),
+            ],
+            "test_divisors": [
+                (
+                    '        weight,\n        label_smoothing,\n        where,\n        "none",',
+                    '        None,\n        label_smoothing,\n        where,\n        "none",',
+                ),
+            ],
+        },
+        "test_labels.py": {
+            "test_sparse_loss_equals_the_dense_one_exactly": [
+                (
+                    "        reduction,\n        sparse=True,",
+                    '        "mean",\n        sparse=True,',
+                ),
+            ],
+        },
+    },
+    "_labels": {
+        "test_labels.py": {
+            "test_multi_hot": [('dtype), mode="drop")', 'dtype), mode="clip")')],
+            "test_positives_from_multi_hot": [
+                ("int(counts.max(initial=0))", "int(counts.min(initial=9))"),
+                ("fill_value=-1", "fill_value=0"),
+            ],
+            "test_positives_of_nothing": [("counts.max(initial=0)", "counts.max()")],
+            "test_checked_labels": [
+                ("(labels == 0) | (labels == 1)", "labels >= 0"),
+                ("counts <= max_positives, rule", "counts >= 0, rule"),
+            ],
+            "test_checked_counts": [("(masked >= 0) & (masked <= 1)", "masked >= 0")],
+            "test_balanced_pos_weight": [
+                ("(kept - count) / jnp.maximum(count, 1)", "(kept - count) / count"),
+                ("(kept - count) / jnp.maximum(count, 1)", "kept / jnp.maximum(count, 1)"),
+                ("jnp.minimum(weight, max_weight)", "jnp.maximum(weight, max_weight)"),
+                ("prepend=-1", "prepend=0"),
+                (
+                    "ids = jnp.sort(_checks.check_positives(name, positives, num_labels), axis=-1)",
+                    "ids = _checks.check_positives(name, positives, num_labels)",
+                ),
+                ("counted = jnp.diff(ids, axis=-1, prepend=-1) != 0", "counted = ids >= 0"),
+                ("counted &= where", "where"),
+                ("at if size > 1 else 0 for", "at for"),
+                ("repeats = rows // max(math.prod(where.shape[:-1]), 1)", "repeats = 1"),
+            ],
+            "test_prior_bias": [
+                ("(kept - count + 0.5)", "(kept + 0.5)"),
+                ("jnp.log((count + 0.5)", "jnp.log(count"),
+            ],
+            "test_unknown_labels_are_left_out": [
+                ("jnp.where(where, labels, 0)", "labels * where.astype(labels.dtype)"),
+            ],
+            "test_max_weight_must_be_positive": [("not max_weight > 0", "max_weight < 0")],
+            "test_counts_keep_their_dtype_and_transform": [
+                ("jnp.float64 if labels.dtype == jnp.float64 else jnp.float32", "jnp.float32"),
+            ],
+            "test_counting_ids_needs_no_dense_labels": [
+                (
+                    'where = _checks.check_mask(name, where, "multi-hot labels", shape)',
+                    "where = jnp.broadcast_to(where, shape)",
+                ),
+            ],
+        },
+    },
+    "_focal": {
+        "test_focal.py": {
+            "test_hyper_parameters_out_of_range": [
+                ('gamma, "finite and at least 0", 0, math.inf', 'gamma, "any", -9, math.inf'),
+                ('clip, "in [0, 1)", 0, 1)', 'clip, "in [0, 1)", -1, 2)'),
+            ],
+            "test_alpha_of_one_and_numpy_numbers_are_fine": [("math.nextafter(1, 2)", "1")],
+            "test_stop_focus_gradient": [("bool(stop_focus_gradient)", "False")],
+        },
+        "test_losses.py": {
+            "test_value_and_gradient_match_the_oracle": [
+                ("asymmetric(*gammas, clip", "asymmetric(*gammas[::-1], clip"),
+                ("sigmoid_focal(gamma, alpha)", "sigmoid_focal(gamma, None)"),
+            ],
+        },
+    },
+    "_focal_kernels": {
+        "test_focal.py": {
+            "test_focal_in_the_tails": [
+                ("high = round(number * 256) / 256", "high = float(number)"),
+                ("info.nexp, info.nmant // 2", "info.nexp, info.nmant"),
+                ("jnp.where(large < -1000, 0, jnp.exp(large))", "jnp.exp(large)"),
+                ("near = larger == 0", "near = larger < 0"),
+                ("m = a * at.p + b * at.q", "m = b * at.p + a * at.q"),
+                ("return result * jnp.exp(rest * jnp.log(base))", "return result"),
+                ("(i + j + e) * self.log1p_t", "(i + j) * self.log1p_t"),
+                ('"m": term(d=1, p=1, q=1)', '"m": term(a=1, p=1, q=1)'),
+                ("symbol: power - 1}", "symbol: power}"),
+                ("rest = term(coefficient * power,", "rest = term(coefficient,"),
+            ],
+            "test_agrees_with_optax_where_optax_is_right": [
+                (
+                    "term(alpha, b=1), term(1 - alpha, a=1)",
+                    "term(1 - alpha, b=1), term(alpha, a=1)",
+                ),
+                ("if gamma == 0 and alpha is None:", "if gamma == 0:"),
+                ('"m": term(r=1)', '"m": term(-1, r=1)'),
+                ('"c": term(-1, x=1)', '"c": term(x=1)'),
+            ],
+            "test_every_second_derivative_is_finite_at_hard_labels": [
+                ("jnp.minimum(scale * jnp.exp(-rest), info.max)", "scale * jnp.exp(-rest)"),
+                ("vanished = near & (at.t == 0)", "vanished = False"),
+            ],
+            "test_without_focus_is_bce_bit_for_bit": [
+                ("if gamma_neg == gamma_pos == clip == 0:", "if False:"),
+            ],
+            "test_a_clip_alone": [
+                ("if gamma_neg == gamma_pos == clip == 0:", "if gamma_neg == gamma_pos == 0:"),
+                ('bases["h"] = jnp.sign(m)', 'bases["h"] = jnp.ones_like(m)'),
+                ('"l": term(p=1, q=1, v=-1)', '"l": term(p=1, q=1)'),
+                ("jnp.where(m < 0.5, -jnp.log1p(-m), -jnp.log(v))", "-jnp.log(v)"),
+            ],
+            "test_asymmetric_at_every_16_bit_logit": [
+                ("growth = growth - (x0 - rounded) * (1 + growth)", "pass"),
+                ("jnp.where(beyond < 1, clip * q * growth, p - clip)", "p - clip"),
+            ],
+            "test_stop_focus_gradient": [("str.upper if stop_focus_gradient", "str if clip")],
+            "test_a_derivative_that_is_constant": [
+                ("return lambda x, y: lax.stop_gradient(value(x, y))", "pass"),
+                ('"b": term(),\n    "d"', '"b": term(2),\n    "d"'),
+            ],
+        },
+        "test_losses.py": {
+            "test_infinite_logits": [
+                ("jnp.minimum(self.magnitude, 2.0**100)", "self.magnitude"),
+                ("jnp.where(coefficient == 0, 0, coefficient * value)", "coefficient * value"),
+            ],
+            "test_hessian": [
+                ('"c": add(term(a=1, p=1), term(-1, b=1, q=1))', '"c": term(a=1, p=1)'),
+                ('"v": Q_BY_X', '"v": P_BY_X'),
+                ('"s": term(-1, q=1)', '"s": term(q=1)'),
+            ],
+            "test_gradient_of_labels_and_weight": [
+                (
+                    'ASYMMETRIC_BY_Y: Rules = {"a": term(-1)',
+                    'ASYMMETRIC_BY_Y: Rules = {"a": term()',
+                ),
+                ('"a": term(-1),\n    "b": term(),\n', '"a": term(-1),\n    "b": term(-1),\n'),
+            ],
+        },
+    },
+    "_linear": {
+        "test_linear.py": {
+            "test_plain_positives_match_the_oracle": [
+                ("(local >= 0) & (local < size), local, size", "local < size, local, size"),
+                (".set(-1, mode=", ".add(-2, mode="),
+                ("_kernels.softplus, 2)(signs * logits)", "_kernels.softplus, 2)(-signs * logits)"),
+                ("starts = jnp.arange(whole) * chunk_size", "starts = jnp.arange(whole)"),
+                ("return (rows + more, gradients), None", "return (more, gradients), None"),
+                ("return gradients[name] + part", "return part"),
+                ("positives, offset + start, size", "positives, offset, size"),
+            ],
+            "test_value_and_gradients_match_the_dense_head": [
+                ("+ label_smoothing / 2", "+ label_smoothing"),
+                ("labels * (1 - label_smoothing) +", "labels +"),
+                ("labels = jnp.maximum(-signs, 0)", "labels = jnp.maximum(signs, 0)"),
+                ("labels if pos_weight is None else pos_weight * labels", "labels"),
+                ("logits if bias is None else logits + bias[None]", "logits"),
+                ("(g * gradient.astype(g.dtype))", "gradient"),
+                ("operands._replace(scale=g)", "operands"),
+                ("loss * scale[:, None]", "loss"),
+            ],
+            "test_empty": [
+                ("max(num_labels - 1, 0)", "(num_labels - 1)"),
+            ],
+            "test_kernel_gradient_of_a_fitted_head": [
+                ("preferred_element_type=accumulator(a)", "preferred_element_type=a.dtype"),
+            ],
+            "test_a_row_of_weight_zero_hides_an_infinite_loss": [
+                ("jnp.where(scale == 0, 0, rows * scale)", "rows * scale"),
+                ("jnp.where(scale[:, None] == 0, 0, slope)", "slope"),
+                ("jnp.where((scale == 0) & ~jnp.isfinite(rows), 0, rows)", "rows"),
+            ],
+            "test_gradients_have_the_dtype_of_their_argument": [
+                ('slopes["labels"].astype(operands.labels.dtype)', 'slopes["labels"]'),
+                (
+                    'gradients["kernel"] = product(operands.features, slope, 0, 0).astype(dtype)',
+                    'gradients["kernel"] = product(operands.features, slope, 0, 0)',
+                ),
+            ],
+            "test_a_chunk_takes_only_the_products_it_needs": [
+                ("and primal is not None and primal.perturbed", "and primal is not None"),
+            ],
+            "test_top_k_is_that_of_the_dense_logits": [
+                ("return values, ids + start", "return values, ids"),
+                ("zip(best, best_of(start, chunk_size)", "zip(best_of(start, chunk_size), best"),
+                ("first + jnp.arange(whole) * chunk_size", "jnp.arange(whole) * chunk_size"),
+            ],
+        },
+    },
+    "_head": {
+        "test_linear.py": {
+            "test_errors_name_the_argument": [
+                ("if (positives is None) == (labels is None):", "if positives is labels is None:"),
+                ("if not features.ndim:", "if False:"),
+                ("kernel.ndim != 2 or kernel.shape[0] != features.shape[-1]", "kernel.ndim != 2"),
+            ],
+            "test_a_small_weight_does_not_vanish_in_float16": [
+                (
+                    "if not features.dtype == kernel.dtype == jnp.bfloat16:",
+                    "if features.dtype != kernel.dtype:",
+                ),
+            ],
+            "test_a_row_of_weight_zero_hides_what_is_not_finite": [
+                ("features = jnp.where(keep[:, None], features, 0)", "pass"),
+                ("weight = jnp.where(keep, weight, 0)", "pass"),
+            ],
+            "test_a_weight_of_zero_has_a_gradient": [
+                ("(weight != 0) | jnp.all(jnp.isfinite(features), axis=1)", "weight != 0"),
+            ],
+            "test_checked_ignores_the_labels_of_a_row_of_weight_zero": [
+                ("ok = ok | (weight == 0)[:, None]", "pass"),
+            ],
+            "test_divisors": [
+                ('{"mean": batch * num_labels, "batchmean": batch}', '{"mean": batch}'),
+                ("loss, weight, None, None", "loss, None, None, None"),
+            ],
+            "test_empty": [("max(divisors.get(reduction, 1), 1)", "divisors.get(reduction, 1)")],
+            "test_checked": [
+                ('ok, "in [0, 1]")\n\n    divisors', 'ok | True, "in [0, 1]")\n\n    divisors'),
+            ],
+            "test_top_k_is_that_of_the_dense_logits": [
+                ("max(how.chunk_size, k)", "how.chunk_size")
+            ],
+            "test_top_k_out_of_range": [('_checks.check_size(name, "k", k, num_labels)', "pass")],
+        },
+    },
+    "_sharding": {
+        "test_sharding.py": {
+            "test_plain_positives_are_ids_of_the_whole_kernel": [
+                ("offset = shard * operands.kernel.shape[1]", "offset = shard"),
+                ("- {None, *spec}", "- {None}"),
+                ("return total(rows, row_spec), totals", "return rows, totals"),
+            ],
+            "test_value_and_gradients_are_those_of_one_device": [
+                ('"labels": PartitionSpec(batch, label)', '"labels": PartitionSpec(batch, None)'),
+                ('"pos_weight": PartitionSpec(label)', '"pos_weight": PartitionSpec()'),
+            ],
+            "test_errors_name_the_axis": [
+                ("if axis not in mesh.shape:", "if False:"),
+                ("if size % mesh.shape[axis]:", "if False:"),
+                ("if (mesh is None) != (batch_axis is None and label_axis is None):", "if False:"),
+            ],
+            "test_siglip_loss_names_its_axis": [
+                ("zip(axes.items(), sizes, strict=False)", "zip((), sizes, strict=False)"),
+            ],
+        },
+        "test_linear.py": {
+            "test_errors_name_the_argument": [("if chunk_size is not None:", "if chunk_size:")],
+            "test_empty": [("labels), 1)\n", "labels), 0)\n")],
+        },
+    },
+    "_siglip": {
+        "test_linear.py": {
+            "test_siglip_loss_is_that_of_all_pairs": [
+                ("jnp.exp(log_scale.astype(dtype))", "log_scale.astype(dtype)"),
+                ("jnp.broadcast_to(bias.astype(dtype), batch)", "None"),
+                ("jnp.arange(batch)[:, None]", "jnp.zeros((batch, 1), jnp.int32)"),
+                ("1 / max(batch, 1)", "1 / max(batch * batch, 1)"),
+            ],
+            "test_siglip_loss_of_nothing": [("1 / max(batch, 1)", "1 / batch")],
+            "test_siglip_loss_errors": [
+                ("if images.ndim != 2:", "if False:"),
+                ("        shape=images.shape,\n", ""),
+            ],
+        },
+        "test_sharding.py": {
+            "test_siglip_loss_names_its_axis": [('{"axis": axis}', '{"images": axis}')],
+        },
+    },
+    "_module": {
+        "test_module.py": {
+            "test_equals_the_function": [
+                ("weight=self.weight,", ""),
+                ("pos_weight=self.pos_weight,", ""),
+                ("label_smoothing=self.label_smoothing,", ""),
+                ("reduction=self.reduction,", ""),
+                ("where=where,", ""),
+            ],
+            "test_repr": [("is not field.default", "is field.default")],
+            "test_is_immutable": [("frozen=True, ", "")],
+            "test_options_are_checked_at_once": [
+                (
+                    '_checks.check_choice(name, "reduction", self.reduction, _reduce.REDUCTIONS)',
+                    "pass",
+                ),
+            ],
+            "test_leaves_are_the_weights": [
+                ('data_fields=["weight", "pos_weight"]', 'data_fields=["pos_weight", "weight"]'),
+            ],
+        },
+    },
+    "nnx": {
+        "test_nnx.py": {
+            "test_loss_and_gradient_equal_those_of_the_logits": [
+                ("            weight=weight,\n", ""),
+                ("            pos_weight=pos_weight,\n", ""),
+                ("            label_smoothing=label_smoothing,\n", ""),
+                ("            reduction=reduction,\n", ""),
+            ],
+            "test_logits_are_those_of_a_linear_layer": [
+                (
+                    "self.kernel = nnx.Param(kernel_init(rngs.params(), shape,",
+                    "self.kernel = nnx.Param(kernel_init(rngs.params(), shape[::-1],",
+                ),
+            ],
+            "test_zero_features_predict_the_prior": [
+                ("jnp.log(rate) - jnp.log1p(-rate)", "jnp.log(rate)"),
+                ("return logits + jnp.expand_dims(", "return logits - jnp.expand_dims("),
+            ],
+            "test_dtypes": [
+                ("jnp.matmul(features, kernel, preferred_element_type=dtype)", "features @ kernel"),
+                ("num_labels).astype(dtype)", "num_labels)"),
+                ("self.dtype or jnp.promote", "jnp.promote"),
+            ],
+            "test_errors": [
+                ("if prior is not None and not use_bias:", "if False:"),
+                ("(rate > 0) & (rate < 1)", "(rate >= 0) & (rate < 1)"),
+                ("(rate > 0) & (rate < 1)", "~((rate <= 0) | (rate >= 1))"),
+                ("if features.shape[-1:] != (self.in_features,):", "if False:"),
+            ],
+        },
+    },
 }
 
 
-def survives(module: str, before: str, after: str) -> bool:
+def all_mutants(modules):
+    """(module, test, text, replacement)"""
+    for module in modules:
+        for file, tests in MUTANTS[module].items():
+            for test, replacements in tests.items():
+                for before, after in replacements:
+                    yield module, f"{file}::{test}", before, after
+
+
+def mutated(module, before, after):
+    source = (ROOT / "jaxbce" / f"{module}.py").read_text()
+    if before not in source:
+        raise SystemExit(f"{module}: the mutant's text is not there any more: {before!r}")
+    return source.replace(before, after, 1)
+
+
+def run_tests(package, *arguments):
+    """`package` is the folder that holds jaxbce."""
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True
+    )
+
+
+def outcome(module, test, before, after):
+    """The first test that notices the mutant, or None."""
     with tempfile.TemporaryDirectory() as directory:
-        shutil.copytree(ROOT / "jaxbce", pathlib.Path(directory) / "jaxbce")
-        path = pathlib.Path(directory) / "jaxbce" / f"{module}.py"
-        source = path.read_text()
-        if before not in source:
-            raise SystemExit(f"{module}: the mutant's text is not there any more: {before!r}")
-        path.write_text(source.replace(before, after, 1))
-        tests = [str(ROOT / "tests" / name) for name in TESTS[module]]
-        command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider"]
-        return not subprocess.run(
-            [*command, *tests],
-            cwd=ROOT / "tests",
-            env=os.environ | {"PYTHONPATH": directory},
-            capture_output=True,
-        ).returncode
+        package = pathlib.Path(directory) / "jaxbce"
+        shutil.copytree(ROOT / "jaxbce", package, ignore=shutil.ignore_patterns("__pycache__"))
+        (package / f"{module}.py").write_text(mutated(module, before, after))
+        result = run_tests(directory, "-n", "0", test)
+    if result.returncode == 0:
+        return None
+    failed = re.search(r"^FAILED \S+?::(.*?)(?: - .*)?$", result.stdout, re.MULTILINE)
+    if not failed:  # not a failed test: the mutant is no valid program
+        raise SystemExit(f"{module}: {before!r} -> {after!r}\n{result.stdout[-2000:]}")
+    return failed[1]
 
 
-def main() -> None:
-    modules = sys.argv[1:] or list(MUTANTS)
-    tried = [(module, *mutant) for module in modules for mutant in MUTANTS[module]]
-    survivors = []
-    for number, mutant in enumerate(tried, 1):
-        alive = survives(*mutant)
-        survivors += [mutant] * alive
-        print(f"{number}/{len(tried)} {'SURVIVED' if alive else 'caught'} {mutant}", flush=True)
-    print(f"{len(tried) - len(survivors)} of {len(tried)} mutants caught")
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("modules", nargs="*", metavar="module", help=f"of {', '.join(MUTANTS)}")
+    parser.add_argument("--dry-run", action="store_true", help="run no test")
+    options = parser.parse_args()
+    mutants = list(all_mutants(options.modules or MUTANTS))
+    for module, _, before, after in mutants:
+        compile(mutated(module, before, after), f"{module}.py", "exec")
+    counts = collections.Counter(module for module, *_ in mutants)
+    print(f"{len(mutants)} mutants: {dict(counts)}", flush=True)
+    if options.dry_run:
+        return
+    baseline = run_tests(ROOT, "-n", "2", *dict.fromkeys(test for _, test, *_ in mutants))
+    if baseline.returncode:
+        raise SystemExit(f"a test fails without a mutant:\n{baseline.stdout[-2000:]}")
+    survivors = 0
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        outcomes = pool.map(outcome, *zip(*mutants, strict=True))
+        for number, (mutant, noticed) in enumerate(zip(mutants, outcomes, strict=True), 1):
+            module, test, before, after = mutant
+            survivors += noticed is None
+            what = "SURVIVED " + test if noticed is None else "caught by " + noticed
+            print(f"{number} {module}: {before!r} -> {after!r}\n    {what}", flush=True)
+    print(f"{len(mutants) - survivors} of {len(mutants)} mutants caught")
     sys.exit(bool(survivors))
 
 

@@ -4,8 +4,11 @@ Written for reading and checked against mpmath at 50 digits in `test_oracle.py`.
 out; a zero coefficient annihilates what is infinite, NaN stays.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+EPS = float(np.finfo(np.float32).eps)
 
 
 def times(coefficient, value):
@@ -71,6 +74,12 @@ def asymmetric(x, y, gamma_neg=4.0, gamma_pos=1.0, clip=0.05):
         factor > 0, factor * (gamma_neg * times(slope, negative) + negative_slope), 0
     )
     return value, (1 - y) * negative_slope - y * positive_slope
+
+
+def all_finite(dtype):
+    """Every finite number of a 16-bit dtype."""
+    values = jax.lax.bitcast_convert_type(jnp.arange(2**16, dtype=jnp.uint16), jnp.dtype(dtype))
+    return values[jnp.isfinite(values)]
 
 
 def ulp_error(got, expected, flushed=1.0):

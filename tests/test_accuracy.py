@@ -8,6 +8,7 @@ import mpmath
 import numpy as np
 import oracle
 import pytest
+from oracle import EPS
 
 import jaxbce
 
@@ -30,11 +31,6 @@ def elementwise(order, x, y, **options):
     return fn(x, y)
 
 
-def all_finite(dtype):
-    values = jax.lax.bitcast_convert_type(jnp.arange(2**16, dtype=jnp.uint16), dtype)
-    return values[jnp.isfinite(values)]
-
-
 # --- 16-bit logits: all of them ----------------------------------------------------------------
 
 
@@ -43,7 +39,7 @@ def all_finite(dtype):
 @pytest.mark.parametrize("label", [0, 1], ids="label={}".format)
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["float16", "bfloat16"])
 def test_every_16_bit_logit(dtype, label, q, mode):
-    x = all_finite(dtype)
+    x = oracle.all_finite(dtype)
     y = jnp.full(x.shape, label)
     transform = jax.jit if mode == "jit" else lambda fn: fn
     value = transform(functools.partial(unreduced, pos_weight=q))(x, y)
@@ -64,7 +60,7 @@ DERIVATIVES = pytest.mark.parametrize(
 
 @DERIVATIVES
 @pytest.mark.parametrize("label", [0, 1], ids="label={}".format)
-@pytest.mark.parametrize("forward_mode", [False, True], ids=["", "forward_mode"])
+@pytest.mark.parametrize("forward_mode", [False, True], ids=["reverse_mode", "forward_mode"])
 def test_where_it_matters_in_float32(order, bound, label, forward_mode):
     """Every 101st logit with 2^-7 <= |x| < 2^7; beyond, the loss is linear, 0 or constant."""
     low, high = np.array([2**-7, 2**7], np.float32).view(np.int32)
@@ -110,9 +106,6 @@ def relative_error(got, expected):
     return np.abs(np.float64(got) - expected) / np.abs(expected)
 
 
-EPS = float(np.finfo(np.float32).eps)
-
-
 def test_soft_labels_within_their_conditioning(rng):
     """Near y = sigmoid(x) the gradient is a difference of two terms: no method can do better than
     a few roundings of the larger one, (1 - y) sigmoid(x) + y sigmoid(-x)."""
@@ -139,7 +132,7 @@ def test_third_derivative_in_the_tails(label):
     assert relative_error(got, exact(third, TAILS)).max() <= 4 * EPS
 
 
-@pytest.mark.parametrize("forward_mode", [False, True], ids=["", "forward_mode"])
+@pytest.mark.parametrize("forward_mode", [False, True], ids=["reverse_mode", "forward_mode"])
 @pytest.mark.parametrize("q", [None, 1.0, 0.25, 3.5], ids="pos_weight={}".format)
 def test_gradients_of_the_other_arguments(q, forward_mode):
     q_ = 1.0 if q is None else q

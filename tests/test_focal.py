@@ -10,10 +10,10 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from oracle import EPS
 
 import jaxbce
 
-EPS = float(np.finfo(np.float32).eps)
 # A sigmoid that XLA flushes to 0 is multiplied by gamma <= 5 and a softplus <= 88 afterwards.
 FLUSHED = 5 * 88
 GAMMAS = [0.0, 0.5, 1.0, 2.0, 5.0]
@@ -23,11 +23,6 @@ focal, asymmetric = jaxbce.sigmoid_focal_loss, jaxbce.asymmetric_loss
 every_gamma = pytest.mark.parametrize("gamma", GAMMAS, ids="gamma={}".format)
 every_label = pytest.mark.parametrize("label", [0, 1], ids="label={}".format)
 every_16_bit_dtype = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-
-
-def all_finite(dtype):
-    values = jax.lax.bitcast_convert_type(jnp.arange(2**16, dtype=jnp.uint16), jnp.dtype(dtype))
-    return values[jnp.isfinite(values)]
 
 
 def value_and_gradient(loss, x, y):
@@ -42,7 +37,7 @@ def value_and_gradient(loss, x, y):
 @every_label
 @every_16_bit_dtype
 def test_focal_at_every_16_bit_logit(dtype, label, gamma):
-    x = all_finite(dtype)
+    x = oracle.all_finite(dtype)
     y = jnp.full(x.shape, label)
     loss = jax.jit(functools.partial(value_and_gradient, functools.partial(focal, gamma=gamma)))
     value, gradient = loss(x, y)
@@ -58,11 +53,13 @@ ASYMMETRIC = [
 ]
 
 
-@pytest.mark.parametrize("options", ASYMMETRIC, ids=str)
+@pytest.mark.parametrize(
+    "options", ASYMMETRIC, ids="{0[gamma_neg]}-{0[gamma_pos]}-{0[clip]}".format
+)
 @every_label
 @every_16_bit_dtype
 def test_asymmetric_at_every_16_bit_logit(dtype, label, options):
-    x = all_finite(dtype)
+    x = oracle.all_finite(dtype)
     y = jnp.full(x.shape, label)
     loss = jax.jit(functools.partial(value_and_gradient, functools.partial(asymmetric, **options)))
     value, gradient = loss(x, y)
@@ -87,7 +84,7 @@ def exact_derivatives(loss, x):
         return [at, (above - below) / (2 * step), (above - 2 * at + below) / step**2]
 
 
-@every_gamma
+@pytest.mark.parametrize("gamma", [*GAMMAS, 0.7], ids="gamma={}".format)
 @every_label
 def test_focal_in_the_tails(gamma, label):
     """Value, gradient and second derivative, also where p alone would underflow."""
@@ -151,7 +148,7 @@ def test_gradient_of_hard_labels(gamma):
         np.testing.assert_allclose(got, sign * p**gamma * focused, rtol=1e-5, atol=1e-30)
 
 
-@pytest.mark.parametrize("x", [-300.0, 300.0])
+@pytest.mark.parametrize("x", [-300.0, 300.0], ids="x={}".format)
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0], ids="gamma={}".format)
 def test_every_second_derivative_is_finite_at_hard_labels(gamma, x):
     """Of logits and labels; by label twice it is beyond float32 where gamma < 1."""
@@ -160,6 +157,24 @@ def test_every_second_derivative_is_finite_at_hard_labels(gamma, x):
         (by_x, mixed), (_, by_y) = hessian(jnp.float32(x), jnp.float32(label))
         assert np.isfinite([by_x, mixed]).all()
         assert not np.isnan(by_y)
+
+
+def test_a_derivative_that_is_constant():
+    """Without focus, by label twice and by logit once: 2 (1 - 2 alpha), whatever they are."""
+    fn = functools.partial(focal, gamma=0, alpha=0.25)
+    third = jax.grad(jax.grad(jax.grad(fn, 1), 1), 0)
+    for x, y in ((-3.0, 0.0), (0.5, 0.3), (40.0, 1.0)):
+        assert third(x, y) == pytest.approx(1, rel=4 * EPS)
+
+
+def test_a_clip_alone(rng):
+    """With gamma_neg = gamma_pos = 0 the shift of the probability is all that is left."""
+    options = {"gamma_neg": 0.0, "gamma_pos": 0.0, "clip": 0.05}
+    x, y = rng.normal(0, 3, 200).astype(np.float32), rng.integers(0, 2, 200).astype(np.float32)
+    value, gradient = value_and_gradient(functools.partial(asymmetric, **options), x, y)
+    expected = oracle.asymmetric(np.float64(x), np.float64(y), **options)
+    np.testing.assert_allclose(value, expected[0], rtol=2e-6)
+    np.testing.assert_allclose(gradient, expected[1], rtol=2e-6)
 
 
 def test_negatives_below_the_clip_leave_no_trace():
@@ -232,7 +247,7 @@ def test_alpha_of_one_and_numpy_numbers_are_fine():
 # --- missing labels ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("unknown", [np.nan, -1.0], ids=["nan", "-1"])
+@pytest.mark.parametrize("unknown", [np.nan, -1.0], ids=["NaN", "minus one"])
 @pytest.mark.parametrize(
     "loss", [jaxbce.bce_with_logits, focal, asymmetric], ids=["bce", "focal", "asymmetric"]
 )

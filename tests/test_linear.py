@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from heads import draw_arguments
+from heads import (
+    assert_close,
+    draw_arguments,
+    every_order,
+    head,
+    hessian_vector_product,
+    value_and_gradients,
+)
 
 import jaxbce
 
@@ -18,7 +25,7 @@ POSITIVES = np.array(  # duplicate, empty, out of range, first and last, far out
     [[2, 2, 2, 7], [-1, -1, -1, -1], [LABELS, 3, -LABELS, -7], [0, 10, -1, -1], [-(2**31), 5, 8, 9]]
 )
 
-every_chunk = pytest.mark.parametrize("chunk_size", CHUNKS)
+every_chunk = pytest.mark.parametrize("chunk_size", CHUNKS, ids="chunk_size={}".format)
 every_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean", "none"])
 
 
@@ -30,12 +37,6 @@ def draw(rng, target="positives", dtype=np.float32):
 
 def multi_hot(positives, num_labels=LABELS):
     return (positives[..., None] == np.arange(num_labels)).any(-2).astype(np.float64)
-
-
-def head(arguments, **options):
-    arguments = dict(arguments)
-    layer = [arguments.pop(name, None) for name in ("features", "kernel", "bias")]
-    return jaxbce.linear_bce_with_logits(*layer, **arguments, **options)
 
 
 def dense(arguments, reduction="mean"):
@@ -59,20 +60,6 @@ def dense(arguments, reduction="mean"):
     return rows if reduction == "none" else rows.sum() / divisor
 
 
-def value_and_gradients(loss, arguments, cotangent=1.0):
-    """In every float argument."""
-    moving = {n: v for n, v in arguments.items() if jnp.issubdtype(v.dtype, jnp.floating)}
-    fixed = {n: v for n, v in arguments.items() if n not in moving}
-
-    @jax.jit
-    def evaluate(moving):
-        value, pullback = jax.vjp(lambda moving: loss(moving | fixed), moving)
-        g = jnp.broadcast_to(jnp.asarray(cotangent, value.dtype), value.shape)
-        return value, pullback(g)[0]
-
-    return evaluate(moving)
-
-
 def in_float64(loss, arguments, *args):
     with jax.enable_x64(True):
         wide = {
@@ -84,21 +71,10 @@ def in_float64(loss, arguments, *args):
         return jax.tree.map(np.asarray, value_and_gradients(loss, wide, *args))
 
 
-def assert_close(got, expected, rtol=1e-5):
-    """Relative to the norm of each array."""
-
-    def close(got, expected):
-        got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-        assert got.shape == expected.shape
-        assert np.linalg.norm(got - expected) <= rtol * np.linalg.norm(expected)
-
-    jax.tree.map(close, got, expected)
-
-
 # --- value and gradients -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4, 50])
+@pytest.mark.parametrize("chunk_size", [1, 4, 50], ids="chunk_size={}".format)
 @pytest.mark.parametrize(("reduction", "target"), [("mean", "positives"), ("none", "labels")])
 def test_value_and_gradients_match_the_dense_head(chunk_size, reduction, target, rng):
     """Of every argument, with a cotangent that is not 1 and, for "none", differs between rows."""
@@ -124,7 +100,9 @@ def test_plain_positives_match_the_oracle(chunk_size, rng):
     assert_close(gradients["features"], slope @ np.float64(arguments["kernel"]).T)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 3e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 3e-3)], ids=["float32", "bfloat16"]
+)
 def test_kernel_gradient_of_a_fitted_head(dtype, bound, rng):
     """Logits of scale 32 with the right sign: what is left is in the tails."""
     rows, num_labels = 64, 300
@@ -186,6 +164,56 @@ def test_a_row_of_weight_zero_hides_what_is_not_finite(rng):
     assert got[1]["weight"][1] == 0
 
 
+def test_a_row_of_weight_zero_hides_an_infinite_loss(rng):
+    """Of finite features: logits that overflow."""
+    arguments = draw(rng)
+    clean = arguments | {"weight": arguments["weight"].at[1].set(0)}
+    dirty = clean | {"features": arguments["features"].at[1].set(3e38)}
+    expected, got = (value_and_gradients(head, given) for given in (clean, dirty))
+    assert got[0] == expected[0]
+    np.testing.assert_array_equal(got[1]["kernel"], expected[1]["kernel"])
+    assert not np.any(got[1]["features"][1])
+    assert got[1]["weight"][1] == 0
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_weight_of_zero_has_a_gradient(reduction, rng):
+    """The loss of its row."""
+    arguments = draw(rng)
+    zeros = jnp.zeros_like(arguments["weight"])
+    _, gradients = value_and_gradients(
+        functools.partial(head, reduction=reduction), arguments | {"weight": zeros}
+    )
+    rows = head({k: v for k, v in arguments.items() if k != "weight"}, reduction="none")
+    np.testing.assert_allclose(gradients["weight"], rows, rtol=1e-6)
+
+
+def test_a_small_weight_does_not_vanish_in_float16(rng):
+    """1e-8 is 0 in float16; the gradient of the kernel, of large features, is not."""
+    arguments = {k: draw(rng, dtype=np.float16)[k] for k in ("features", "kernel", "positives")}
+    arguments |= {"features": arguments["features"] * 1000, "kernel": arguments["kernel"] / 1000}
+    arguments["weight"] = jnp.full(len(POSITIVES), 1e-8)
+    loss = functools.partial(head, reduction="sum", chunk_size=4)
+    _, gradients = value_and_gradients(loss, arguments)
+    wide = {k: v.astype(np.float32) for k, v in arguments.items() if k != "positives"}
+    _, expected = value_and_gradients(loss, wide | {"positives": arguments["positives"]})
+    np.testing.assert_allclose(gradients["kernel"], expected["kernel"], atol=6e-8)
+    assert np.any(gradients["kernel"])
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("name", ["kernel", "labels"])
+def test_a_gradient_wanted_alone_is_that_of_all(name, reduction, rng):
+    arguments = draw(rng, "labels")
+
+    def total(arguments):
+        return jnp.sum(head(arguments, reduction=reduction, chunk_size=4))
+
+    _, gradients = value_and_gradients(total, arguments)
+    alone = jax.jit(jax.grad(lambda value: total(arguments | {name: value})))(arguments[name])
+    assert_close(alone, gradients[name], 1e-6)
+
+
 def test_infinite_logits(rng):
     """Right labels give loss 0 and gradient 0, wrong ones ∞ and a finite gradient."""
     features, kernel = jnp.ones((1, 1)), jnp.array([[jnp.inf, -jnp.inf]])
@@ -198,7 +226,11 @@ def test_infinite_logits(rng):
         np.testing.assert_array_equal(gradient, [slope])
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 5, 2), (2, 3, 0, 2), (2, 0, 5, 2), (2, 3, 5, 0)])
+@pytest.mark.parametrize(
+    "shape",
+    [(0, 3, 5, 2), (2, 3, 0, 2), (2, 0, 5, 2), (2, 3, 5, 0)],
+    ids=["rows", "labels", "width", "positives"],
+)
 def test_empty(shape):
     batch, width, num_labels, size = shape
     features, kernel = jnp.ones((batch, width)), jnp.ones((width, num_labels))
@@ -235,7 +267,11 @@ def test_leading_axes_are_rows(reduction, rng):
     np.testing.assert_allclose(got.ravel(), expected.ravel(), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("reduction", "kernel_axis"), [("mean", 0), ("none", None)])
+@pytest.mark.parametrize(
+    ("reduction", "kernel_axis"),
+    [("mean", 0), ("none", None)],
+    ids=["mean, kernels", "none, one kernel"],
+)
 def test_vmap(reduction, kernel_axis, rng):
     arguments = draw(rng)
     axes = dict.fromkeys(arguments) | {"features": 0, "positives": 0, "weight": 0}
@@ -270,7 +306,7 @@ def test_remat_and_scan(transform, reduction, rng):
 
 
 @pytest.mark.parametrize(("reduction", "target"), [("mean", "positives"), ("none", "labels")])
-@pytest.mark.parametrize("order", ["forward over reverse", "reverse over reverse"])
+@every_order
 def test_hessian_vector_product(reduction, order, target, rng):
     """Of features, kernel, bias and pos_weight together, against the dense head."""
     arguments = draw(rng, target)
@@ -282,14 +318,7 @@ def test_hessian_vector_product(reduction, order, target, rng):
         def total(point):
             return jnp.sum(loss(arguments | point, reduction=reduction) ** 2)
 
-        if order == "forward over reverse":
-            return jax.jit(lambda p, t: jax.jvp(jax.grad(total), (p,), (t,))[1])(point, along)
-
-        def slope(point):
-            terms = jax.tree.map(jnp.vdot, jax.grad(total)(point), along)
-            return sum(jax.tree.leaves(terms))
-
-        return jax.jit(jax.grad(slope))(point)
+        return hessian_vector_product(total, point, along, order)
 
     assert_close(product(functools.partial(head, chunk_size=4)), product(dense), 2e-5)
 
@@ -365,12 +394,29 @@ def test_lowers_for_every_platform(platform):
         ({"positives": np.ones((5, 2))}, TypeError, "positives must be integer"),
         ({"features": np.ones((5, WIDTH), int)}, TypeError, "features must be floating-point"),
         ({"features": [[1.0]]}, TypeError, "features must be an array"),
+        ({"features": np.float32(1)}, ValueError, r"features must have shape \(..., width\)"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be an int of at least 1, got 0"),
         ({"chunk_size": 1.5}, ValueError, "chunk_size must be an int"),
         ({"reduction": "avg"}, ValueError, "reduction must be one of mean, sum"),
         ({"label_smoothing": 2.0}, ValueError, "label_smoothing must be in"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=[
+        "neither",
+        "both",
+        "transposed kernel",
+        "shape of bias",
+        "shape of weight",
+        "shape of pos_weight",
+        "rows of positives",
+        "float positives",
+        "integer features",
+        "list",
+        "one feature",
+        "chunk_size 0",
+        "float chunk_size",
+        "reduction",
+        "label_smoothing",
+    ],
 )
 def test_errors_name_the_argument(change, error, message, rng):
     with pytest.raises(error, match=f"linear_bce_with_logits: .*{message}"):
@@ -386,7 +432,7 @@ def test_errors_name_the_argument(change, error, message, rng):
     ],
     ids=["positives", "labels", "label_smoothing"],
 )
-@pytest.mark.parametrize("differentiated", [False, True])
+@pytest.mark.parametrize("differentiated", [False, True], ids=["value", "gradient"])
 def test_checked(change, message, differentiated, rng):
     arguments = draw(rng) | {"positives": np.maximum(POSITIVES % LABELS, -1)} | change
     features = arguments.pop("features")
@@ -398,10 +444,19 @@ def test_checked(change, message, differentiated, rng):
         jaxbce.checked(jax.grad(loss) if differentiated else loss)(features)
 
 
+@pytest.mark.parametrize("bad", [np.nan, 2.0], ids=str)
+def test_checked_ignores_the_labels_of_a_row_of_weight_zero(bad, rng):
+    arguments = draw(rng, "labels")
+    arguments["labels"] = arguments["labels"].at[1].set(bad)
+    with pytest.raises(ValueError, match=f"labels must be .* got {bad}"):
+        jaxbce.checked(head)(arguments)
+    jaxbce.checked(head)(arguments | {"weight": arguments["weight"].at[1].set(0)})
+
+
 # --- top k ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("k", [1, 5, LABELS])
+@pytest.mark.parametrize("k", [1, 5, LABELS], ids="k={}".format)
 @every_chunk
 def test_top_k_is_that_of_the_dense_logits(k, chunk_size, rng):
     """Ties included: small integers repeat within and across chunks; -inf is a logit too."""
@@ -423,7 +478,7 @@ def test_top_k_holds_no_logits():
     assert compiled.memory_analysis().temp_size_in_bytes <= 6 * 256 * 4096 * 4
 
 
-@pytest.mark.parametrize("k", [0, LABELS + 1, 2.0])
+@pytest.mark.parametrize("k", [0, LABELS + 1, 2.0, True], ids="k={}".format)
 def test_top_k_out_of_range(k):
     with pytest.raises(ValueError, match=f"linear_top_k: k must be an int .* at most {LABELS}"):
         jaxbce.linear_top_k(jnp.ones(3), jnp.ones((3, LABELS)), k=k)
@@ -448,6 +503,25 @@ def test_siglip_loss_is_that_of_all_pairs(chunk_size, rng):
     assert_close(jax.value_and_grad(loss, argnums=range(4))(*arguments), expected)
 
 
-def test_siglip_loss_needs_as_many_texts_as_images():
-    with pytest.raises(ValueError, match="siglip_loss: text_embeddings must have shape"):
-        jaxbce.siglip_loss(jnp.ones((3, 2)), jnp.ones((4, 2)), 0.0, 0.0)
+def test_siglip_loss_of_nothing():
+    nothing = jnp.ones((0, 4))
+    value, gradient = jax.value_and_grad(jaxbce.siglip_loss)(nothing, nothing, 0.0, 0.0)
+    assert value == 0
+    assert gradient.shape == nothing.shape
+
+
+@pytest.mark.parametrize(
+    ("images", "texts", "message"),
+    [
+        ((3, 2), (4, 2), "text_embeddings must have shape"),
+        (
+            (3, 2, 1),
+            (3, 2, 1),
+            r"image_embeddings must have shape \(batch, width\), got \(3, 2, 1\)",
+        ),
+    ],
+    ids=["more texts than images", "three axes"],
+)
+def test_siglip_loss_errors(images, texts, message):
+    with pytest.raises(ValueError, match=f"siglip_loss: {message}"):
+        jaxbce.siglip_loss(jnp.ones(images), jnp.ones(texts), 0.0, 0.0)

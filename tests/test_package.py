@@ -47,7 +47,7 @@ def public_objects():
 
 
 every_public_name = pytest.mark.parametrize(
-    ("name", "value"), public_objects(), ids=lambda v: v if isinstance(v, str) else ""
+    ("name", "value"), public_objects(), ids=[name for name, _ in public_objects()]
 )
 
 

@@ -1,15 +1,21 @@
 """The chunked head on a mesh of eight virtual devices against the same head on one."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from heads import draw_arguments
+from heads import (
+    assert_close,
+    draw_arguments,
+    every_order,
+    head,
+    hessian_vector_product,
+    value_and_gradients,
+)
 from jax.sharding import NamedSharding, PartitionSpec
-from test_linear import assert_close, head, value_and_gradients
+from programs import collectives
 
 import jaxbce
 
@@ -70,7 +76,7 @@ def test_eager_gradient_on_a_mesh(mesh, rng):
     assert_close(got, jax.grad(loss)(features))
 
 
-@pytest.mark.parametrize("order", ["forward over reverse", "reverse over reverse"])
+@every_order
 def test_hessian_vector_product(order, mesh, rng):
     arguments = draw(rng)
     point = {name: arguments[name] for name in ("features", "kernel", "bias")}
@@ -80,30 +86,12 @@ def test_hessian_vector_product(order, mesh, rng):
         def total(point):
             return head(arguments | point, chunk_size=4, reduction="sum", **options)
 
-        if order == "forward over reverse":
-            return jax.jit(lambda p, t: jax.jvp(jax.grad(total), (p,), (t,))[1])(point, along)
-
-        def slope(point):
-            terms = jax.tree.map(jnp.vdot, jax.grad(total)(point), along)
-            return sum(jax.tree.leaves(terms))
-
-        return jax.jit(jax.grad(slope))(point)
+        return hessian_vector_product(total, point, along, order)
 
     assert_close(product(mesh=mesh, **AXES["both"]), product())
 
 
 # --- communication, from the compiler ------------------------------------------------------------
-
-
-def collectives(text):
-    """The number of elements of every result of a collective."""
-    sizes = []
-    for line in text.splitlines():
-        op = r" (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-        if match := re.search(rf"= (.*?){op}", line):
-            shapes = re.findall(r"\w+\[([\d,]*)\]", match.group(1))
-            sizes += [int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes]
-    return sizes
 
 
 def compiled_gradients(num_labels, mesh, axes, batch=64, width=16):

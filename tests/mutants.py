@@ -170,6 +170,9 @@ MUTANTS = {
             "test_divisors": [
                 ("jnp.expand_dims(where, range(len(target) - where.ndim))", "where"),
             ],
+            "test_explicitly_sharded_inputs": [
+                (", out_sharding=jax.typeof(self.scores).sharding", ""),
+            ],
         },
         "test_labels.py": {
             "test_checked_positives": [("inside | (ids == -1)", "inside | (ids < 0)")],
@@ -421,7 +424,7 @@ MUTANTS = {
     "_head": {
         "test_linear.py": {
             "test_errors_name_the_argument": [
-                ("if (positives is None) == (labels is None):", "if positives is labels is None:"),
+                ("_checks.check_one_of(name, positives=positives, labels=labels)", "pass"),
                 ("if not features.ndim:", "if False:"),
                 ("kernel.ndim != 2 or kernel.shape[0] != features.shape[-1]", "kernel.ndim != 2"),
             ],
@@ -466,6 +469,7 @@ MUTANTS = {
                 ('"labels": PartitionSpec(batch, label)', '"labels": PartitionSpec(batch, None)'),
                 ('"pos_weight": PartitionSpec(label)', '"pos_weight": PartitionSpec()'),
             ],
+            "test_explicit_axes": [("jax.reshard(array, NamedSharding(self.mesh, spec))", "array")],
             "test_errors_name_the_axis": [
                 ("if axis not in mesh.shape:", "if False:"),
                 ("if size % mesh.shape[axis]:", "if False:"),

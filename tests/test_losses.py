@@ -1,5 +1,7 @@
 """What every elementwise loss promises, one test per promise over all of `losses.LOSSES`."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -496,6 +498,23 @@ def test_sharded_inputs_move_only_scalars(loss, reduction, mesh, rng):
     # A row count needs one number per row, everything else is a scalar.
     largest = 16 // 4 if reduction == "batchmean" else 1
     assert max(collectives(program)) <= largest
+
+
+@dense_losses
+def test_explicitly_sharded_inputs(loss, rng):
+    """On the mesh that `jax.make_mesh` makes by default, with options that are not sharded."""
+    scores, labels = loss.draw(rng, (16, 8))
+    options = {"weight": rng.random((16, 1)).astype(np.float32), "where": rng.random(8) < 0.8}
+    if loss.pos_weight:
+        options["pos_weight"] = rng.random(8).astype(np.float32)
+    both = jax.jit(jax.value_and_grad(functools.partial(loss.call, **options)))
+    expected = both(scores, labels)
+    sharding = jax.sharding.NamedSharding(
+        jax.make_mesh((4, 2), ("batch", "labels")), Spec("batch", "labels")
+    )
+    value, gradient = both(*jax.device_put((scores, labels), sharding))
+    chex.assert_trees_all_close((value, gradient), expected, rtol=1e-5, atol=1e-7)
+    assert jax.typeof(gradient).sharding.spec == sharding.spec
 
 
 @every_loss

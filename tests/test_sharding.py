@@ -58,6 +58,20 @@ def test_plain_positives_are_ids_of_the_whole_kernel(mesh, rng):
     assert_close(value_and_gradients(many, arguments), value_and_gradients(head, arguments))
 
 
+@every_layout
+@pytest.mark.parametrize("placed", [False, True], ids=["on one device", "on the mesh"])
+def test_explicit_axes(placed, axes, rng):
+    """What `jax.make_mesh` makes by default: types say how arrays are sharded."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"))
+    arguments = draw(rng)
+    expected = value_and_gradients(head, arguments)
+    if placed:
+        sharding = NamedSharding(mesh, PartitionSpec(None, axes.get("label_axis")))
+        arguments["kernel"] = jax.device_put(arguments["kernel"], sharding)
+    got = value_and_gradients(functools.partial(head, mesh=mesh, chunk_size=4, **axes), arguments)
+    assert_close(got, expected)
+
+
 def test_bfloat16_on_a_mesh(mesh, rng):
     arguments = draw(rng, "labels", jnp.bfloat16)
     many = functools.partial(head, mesh=mesh, chunk_size=4, **AXES["both"])

@@ -89,25 +89,30 @@ def measure_cpu():
     return rows
 
 
-def compile_tpu():
-    def mesh(name, *shape):
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-        return Mesh(np.array(devices[: np.prod(shape)]).reshape(shape), ("data", "model"))
+def mesh_of(topology, *shape):
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return Mesh(np.array(devices[: np.prod(shape)]).reshape(shape), ("data", "model"))
 
-    one, rows = mesh("v5e:2x2", 1, 1), []
-    variants = {"dense": head.dense, "chunked": head.chunked(chunk_size=CELLS // 1024)}
-    for labels in TPU_LABELS:
-        sizes = {
-            name: temporaries(variant, 1024, 768, labels, jnp.bfloat16, one)
-            for name, variant in variants.items()
-        }
-        rows.append(report(labels, sizes, {}))
-    chips, axes = mesh("v5e:8x8", 4, 16), ("data", "model")
+
+def one_chip(variant, labels):
+    return temporaries(variant, 1024, 768, labels, jnp.bfloat16, mesh_of("v5e:2x2", 1, 1))
+
+
+def each_of_64_chips(labels):
+    chips, axes = mesh_of("v5e:8x8", 4, 16), ("data", "model")
     options = {"mesh": chips, "batch_axis": "data", "label_axis": "model"}
     sharded = head.chunked(chunk_size=CELLS // 256, **options)
-    size = temporaries(sharded, 1024, 768, 2**26, jnp.bfloat16, chips, axes)
+    return temporaries(sharded, 1024, 768, labels, jnp.bfloat16, chips, axes)
+
+
+def compile_tpu():
+    variants = {"dense": head.dense, "chunked": head.chunked(chunk_size=CELLS // 1024)}
+    rows = []
+    for labels in TPU_LABELS:
+        sizes = {name: one_chip(variant, labels) for name, variant in variants.items()}
+        rows.append(report(labels, sizes, {}))
     print("on each of 64 chips:")
-    report(2**26, {"chunked": size}, {})
+    report(2**26, {"chunked": each_of_64_chips(2**26)}, {})
     return rows
 
 

@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of the loss. It needs libtpu (`pip install "jax[tpu]"`), no TPU."""
+"""What the TPU compiler makes of losses and head: it needs `pip install "jax[tpu]"` but no TPU."""
 
 import importlib.util
 import json
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "compilers.py"
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 CASES = ["plain", "pos_weight", "weight", "where", "where per row"]
 CONTENDERS = ["jaxbce", "focal", "asymmetric"]
 ROWS = [
@@ -19,16 +19,19 @@ ROWS = [
     if contender == "jaxbce" or case != "pos_weight"
 ]
 
+# The platform is chosen before jax is imported: each compiles in a fresh process.
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason='the TPU compiler is not installed: pip install "jax[tpu]"',
+)
+
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """Rows by (contender, dtype, case). The platform is chosen before jax is imported: a fresh
-    process."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip('the TPU compiler is not installed: pip install "jax[tpu]"')
+    """Rows by (contender, dtype, case)."""
     output = tmp_path_factory.mktemp("compilers") / "rows.json"
     options = ["--contenders", *CONTENDERS, "--shape", "2048", "512", "--json", output]
-    command = [sys.executable, SCRIPT, *options, "--cases", *CASES]
+    command = [sys.executable, BENCHMARKS / "compilers.py", *options, "--cases", *CASES]
     subprocess.run(command, check=True, timeout=600)
     rows = json.loads(output.read_text())
     return {(row["contender"], row["dtype"], row["case"]): row for row in rows}
@@ -43,3 +46,23 @@ def test_inputs_are_read_once_and_the_gradient_is_written_once(compiled, row):
 @pytest.mark.parametrize("row", [row for row in ROWS if row[0] == "jaxbce"], ids="-".join)
 def test_one_exponential_serves_the_loss_and_the_gradient(compiled, row):
     assert compiled[row]["transcendentals"] == 1
+
+
+def run_in_benchmarks(code):
+    command = [sys.executable, "-c", f"import head, head_scaling; print({code})"]
+    run = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=True)
+    return run.stdout
+
+
+@pytest.mark.parametrize(
+    "size",
+    ["one_chip(head.chunked(), 2**20)", "each_of_64_chips(2**26)"],
+    ids=["2^20 labels on one chip", "2^26 labels on 64 chips"],
+)
+def test_the_chunked_head_fits(size):
+    assert 0 < int(run_in_benchmarks(f"head_scaling.{size}")) < 0.3e9
+
+
+def test_the_dense_head_does_not():
+    output = run_in_benchmarks("head_scaling.one_chip(head.dense, 2**21)")
+    assert "RESOURCE_EXHAUSTED" in output

@@ -115,6 +115,8 @@ MUTANTS = {
                 ("where = jnp.any(where, axis=-1)", "where = jnp.all(where, axis=-1)"),
                 ("* (math.prod(units) // max(where.size, 1))", ""),
                 ("count_kept(where, units, per_row, loss.dtype), 1)", "loss.size, 1)"),
+            ],
+            "test_nothing_kept_gives_zero_and_no_gradient": [
                 (
                     "jnp.maximum(count_kept(where, units, per_row, loss.dtype), 1)",
                     "count_kept(where, units, per_row, loss.dtype)",

@@ -69,6 +69,7 @@ def test_gradient_of_labels_and_weight(loss, argument, rng):
     """Linear in weight; the step in the label is exact enough where the loss is a square in it."""
     scores, labels = loss.draw(rng, (4, 5))
     labels, weight = labels * 0.5 + 0.25, rng.random((4, 1)).astype(np.float32)
+    weight[0] = 0
 
     def total(labels, weight):
         return loss.total(scores, labels, weight=weight)
@@ -177,7 +178,7 @@ def test_forward_mode_only_where_promised(loss, rng):
 
 
 # Every loss reduces by the same code: each by a mask and a weight, one by every kind of mask.
-DIVISORS = [(loss, "full", True) for loss in LOSSES]
+DIVISORS = [(loss, "full", True) for loss in LOSSES[1:]]
 DIVISORS += [(LOSSES[0], mask, weighted) for mask in MASKS for weighted in (False, True)]
 
 
@@ -199,6 +200,22 @@ def test_divisors(loss, mask, weighted, reduction, rng):
     divisor = {"sum": 1, "mean": kept.sum(), "batchmean": kept.any(-1).sum()}[reduction]
     got = loss.call(scores, labels, where=where, weight=weight, reduction=reduction)
     np.testing.assert_allclose(got, value[kept].sum() / max(divisor, 1), rtol=2e-6)
+
+
+@every_loss
+@pytest.mark.parametrize("reduction", ["mean", "batchmean"])
+def test_nothing_kept_gives_zero_and_no_gradient(loss, reduction, rng):
+    scores, labels = loss.draw(rng, (4, 5))
+    where = np.zeros((4, 5), bool)
+
+    def call(scores, weight):
+        return loss.call(scores, labels, weight=weight, where=where, reduction=reduction)
+
+    weight = np.ones((4, 1), np.float32)
+    value, gradients = jax.value_and_grad(call, argnums=(0, 1))(scores, weight)
+    assert value == 0
+    for gradient in gradients:
+        np.testing.assert_array_equal(gradient, 0)
 
 
 def test_a_large_mask_is_counted_exactly():
@@ -243,11 +260,13 @@ GARBAGE = [np.nan, np.inf, -np.inf, 7.0, 1e38]
 
 
 @every_loss
-@pytest.mark.parametrize("how", ["where", "weight"])
+@pytest.mark.parametrize("how", ["where", "weight", "where beside a weight"])
 def test_garbage_behind_a_mask_or_a_zero_weight_leaves_no_trace(loss, how, rng):
     scores, labels = loss.draw(rng, (4, 5))
     where = masks(rng)["full"]
-    option = {"where": where} if how == "where" else {"weight": where.astype(np.float32)}
+    option = {"weight": where.astype(np.float32)} if how == "weight" else {"where": where}
+    if how == "where beside a weight":
+        option["weight"] = np.full((4, 1), 2, np.float32)
 
     @jax.jit
     def value_and_gradients(scores, labels, option):

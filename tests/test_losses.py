@@ -90,6 +90,7 @@ def test_gradient_of_labels_and_weight(loss, argument, rng):
 @every_loss
 def test_hessian(loss, rng):
     scores, labels = loss.draw(rng, (3,))
+    labels[:2] = 0, 1
     hessian = jax.hessian(loss.total)(scores, labels)
     step = 1e-6
     above, below = (loss.oracle(np.float64(scores) + side, labels)[1] for side in (step, -step))
@@ -256,7 +257,7 @@ def test_zero_dimensional(loss):
     np.testing.assert_allclose(loss.call(0.25, 1), expected, rtol=1e-6)
 
 
-GARBAGE = [np.nan, np.inf, -np.inf, 7.0, 1e38]
+GARBAGE = [np.nan, np.inf, -np.inf, 7.0, 1e38, -1e38]
 
 
 @every_loss
@@ -281,10 +282,11 @@ def test_garbage_behind_a_mask_or_a_zero_weight_leaves_no_trace(loss, how, rng):
         dirty_labels = np.where(where, labels, 1.0 if np.isfinite(garbage) else garbage).astype(
             np.float32
         )
-        dirty, (*got, by_option) = value_and_gradients(dirty_scores, dirty_labels, option)
-        chex.assert_trees_all_close((dirty, got), (value, list(gradients[:2])), rtol=1e-6)
-        if how == "weight" and not np.isfinite(garbage):
-            assert not by_option["weight"][~where].any()
+        for dirt in ((dirty_scores, dirty_labels), (dirty_scores, labels), (scores, dirty_labels)):
+            dirty, (*got, by_option) = value_and_gradients(*dirt, option)
+            chex.assert_trees_all_close((dirty, got), (value, list(gradients[:2])), rtol=1e-6)
+            if how == "weight" and dirt[0] is dirty_scores and not np.isfinite(garbage):
+                assert not by_option["weight"][~where].any()
 
 
 @every_loss
@@ -318,6 +320,9 @@ def test_infinite_logits(loss, jit):
     values, slopes = np.transpose(loss.limits)
     np.testing.assert_allclose(transform(loss.unreduced)(x, y), [0, 0, *values], rtol=1e-6)
     np.testing.assert_array_equal(transform(jax.grad(loss.total))(x, y), [0, 0, *slopes])
+    if loss.forward:
+        _, tangent = jax.jvp(lambda x: transform(loss.unreduced)(x, y), (x,), (np.ones_like(x),))
+        np.testing.assert_array_equal(tangent, [0, 0, *slopes])
 
 
 @pos_weight_losses

@@ -11,7 +11,7 @@ from programs import collectives
 
 import jaxbce
 
-POSITIVES = np.array([[0, 2, -1], [1, 1, 4], [-1, -1, -1], [3, 9, -7]])
+POSITIVES = np.array([[0, 2, -1], [1, 4, 1], [-1, -1, -1], [3, 9, -7]])
 DENSE = np.array([[1, 0, 1, 0, 0], [0, 1, 0, 0, 1], [0, 0, 0, 0, 0], [0, 0, 0, 1, 0]])
 
 every_jit = pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])

@@ -146,10 +146,10 @@ def test_positives_of_any_integer_dtype(dtype, rng):
 @pytest.mark.parametrize("dtype", ["bool", "int8"])
 def test_dense_labels_of_any_real_dtype(dtype, rng):
     arguments = draw(rng)
-    expected = head(arguments)
+    expected = value_and_gradients(head, arguments)
     del arguments["positives"]
-    got = head(arguments | {"labels": multi_hot(POSITIVES).astype(dtype)})
-    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    labels = jnp.asarray(multi_hot(POSITIVES)).astype(dtype)
+    assert_close(value_and_gradients(head, arguments | {"labels": labels}), expected)
 
 
 def test_a_row_of_weight_zero_hides_what_is_not_finite(rng):
@@ -165,8 +165,11 @@ def test_a_row_of_weight_zero_hides_what_is_not_finite(rng):
 
 
 def test_a_row_of_weight_zero_hides_an_infinite_loss(rng):
-    """Of finite features: logits that overflow."""
-    arguments = draw(rng)
+    """Of finite features: logits that overflow, of label 1 to ∞ - ∞."""
+    names = ("features", "kernel", "bias", "weight", "positives")
+    arguments = {name: draw(rng)[name] for name in names}
+    arguments["kernel"] = arguments["kernel"].at[:, 1].set(2)
+    arguments["bias"] = arguments["bias"].at[1].set(-jnp.inf)  # a positive of no row
     clean = arguments | {"weight": arguments["weight"].at[1].set(0)}
     dirty = clean | {"features": arguments["features"].at[1].set(3e38)}
     expected, got = (value_and_gradients(head, given) for given in (clean, dirty))

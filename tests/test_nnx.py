@@ -129,6 +129,9 @@ def test_dtypes(dtype, param_dtype):
     assert loss.dtype == head(x).dtype == head.top_k(x, 2)[0].dtype == jnp.float32
     expected = jaxbce.bce_with_logits(head(x), jaxbce.multi_hot(POSITIVES, LABELS))
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    rounded = [np.float64(array.astype(dtype or param_dtype)) for array in (x, head.kernel[...])]
+    logits = rounded[0] @ rounded[1] + np.float64(head.bias[...])
+    np.testing.assert_allclose(head(x), logits, rtol=1e-5, atol=1e-6)
 
 
 def test_abstract_and_jitted_creation():

@@ -250,8 +250,7 @@ class Trainer:
         mean = float(jnp.stack(losses).mean())
         self.seconds += time.perf_counter() - started
         self.set_state(state)
-        if starts.disable:
-            print(f"{title}: loss {mean:.3f}", flush=True)
+        print(f"{title}: loss {mean:.3f}", flush=True)
         return mean
 
     def best_labels(self, words: np.ndarray) -> np.ndarray:

@@ -130,7 +130,7 @@ def multiplied_out(*exponents: float) -> bool:
 
 
 class SigmoidPowers:
-    """x, y-independent functions of it, and powers of p and q; `magnitude` is |x|."""
+    """x, functions of it, and powers of p and q; `magnitude` is |x|."""
 
     def __init__(self, x: jax.Array, magnitude: jax.Array) -> None:
         self.negative = x < 0

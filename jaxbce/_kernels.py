@@ -61,8 +61,12 @@ def with_vjp(value: Kernel, partials: Partials) -> Kernel:
     def bwd(residuals: Any, g: jax.Array) -> Any:
         # Not simply g * slope: a transpose lets JAX add the sum over devices that an input shared
         # by the shards of `jax.shard_map` needs.
-        tangent = functools.partial(along, slopes=partials(*residuals))
-        return jax.linear_transpose(lambda *tangents: tangent(tangents), *residuals)(g)
+        slopes = partials(*residuals)
+
+        def tangent(*tangents: Any) -> jax.Array:
+            return along(tangents, slopes)
+
+        return jax.linear_transpose(tangent, *residuals)(g)
 
     kernel.defvjp(fwd, bwd)
     return kernel
@@ -88,8 +92,8 @@ def log1p_unit(t: jax.Array) -> jax.Array:
         return jnp.log1p(t)
     # XLA's log1p on a CPU is 2 ULP off where it takes the logarithm of the rounded 1 + t. With
     # s = t / (2 + t), log(1 + t) = 2 atanh(s) = 2 s + 2 s³ / 3 + ... and 2 s = t - s t: what is
-    # rounded is small beside t. Coefficients: minimax on [0, 1], error below 1e-8.
-    # The minimum changes nothing; a quotient used twice XLA on a CPU would write to memory.
+    # rounded is small beside t. Coefficients: minimax on [0, 1], error below 1e-8. The minimum
+    # changes nothing: a quotient that is used twice XLA on a CPU would write to memory.
     s = jnp.minimum(t / (2 + t), 1)
     z = s * s
     series = ((0.28092715 * z + 0.27986288) * z + 0.40022415) * z + 0.666664

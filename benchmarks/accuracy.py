@@ -3,7 +3,7 @@ derivative within 4, and nothing is NaN. Labels 0 and 1; the judge is float64.
 
 The sweep resumes from its state file, so it can be stopped at any time.
 
-    python benchmarks/accuracy.py                        # all 2^32, hours
+    python benchmarks/accuracy.py                        # all 2^32, an hour
     python benchmarks/accuracy.py --core                 # 2^-7 <= |x| < 2^7, where errors are large
     python benchmarks/accuracy.py --fraction 0.015625    # a random 1/64 of them
 """

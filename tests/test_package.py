@@ -58,6 +58,11 @@ def test_everything_public_is_exported():
     assert jaxbce.__all__ == sorted(jaxbce.__all__)
 
 
+def test_the_version_is_the_same_everywhere():
+    assert f"version: {jaxbce.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {jaxbce.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
 @every_public_name
 def test_every_public_name_is_documented(name, value):
     doc = inspect.getdoc(value)

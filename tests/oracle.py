@@ -99,3 +99,12 @@ def ulp_error(got, expected, flushed=1.0):
         equal = (got == expected) | (np.isnan(got) & np.isnan(expected))
         equal |= np.maximum(np.abs(got), np.abs(expected)) <= smallest * flushed
     return np.where(equal, 0.0, np.where(np.isnan(error), np.inf, error))
+
+
+def assert_within_ulp(bound, got, expected, logits, flushed=1.0):
+    """The largest `ulp_error` is at most `bound`; the failure names the logit."""
+    error = ulp_error(got, expected, flushed)
+    worst = int(np.argmax(error))
+    assert error[worst] <= bound, (
+        f"{error[worst]:.3g} ULP at logit {logits[worst]}: got {got[worst]}, not {expected[worst]}"
+    )

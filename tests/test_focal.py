@@ -42,8 +42,8 @@ def test_focal_at_every_16_bit_logit(dtype, label, gamma):
     loss = jax.jit(functools.partial(value_and_gradient, functools.partial(focal, gamma=gamma)))
     value, gradient = loss(x, y)
     expected = oracle.focal(np.asarray(x, np.float64), np.full(x.shape, float(label)), gamma)
-    assert oracle.ulp_error(value, expected[0], flushed=FLUSHED).max() <= 10
-    assert oracle.ulp_error(gradient, expected[1], flushed=FLUSHED).max() <= 0.51
+    oracle.assert_within_ulp(10, value, expected[0], x, flushed=FLUSHED)
+    oracle.assert_within_ulp(0.51, gradient, expected[1], x, flushed=FLUSHED)
 
 
 ASYMMETRIC = [
@@ -66,8 +66,8 @@ def test_asymmetric_at_every_16_bit_logit(dtype, label, options):
     y64 = np.full(x.shape, float(label))
     expected = oracle.asymmetric(np.asarray(x, np.float64), y64, **options)
     # gamma + 1 = 5 times the error of p - clip, which is less than 3 where p was 2 ULP off.
-    assert oracle.ulp_error(value, expected[0], flushed=FLUSHED).max() <= 24
-    assert oracle.ulp_error(gradient, expected[1], flushed=FLUSHED).max() <= 0.51
+    oracle.assert_within_ulp(24, value, expected[0], x, flushed=FLUSHED)
+    oracle.assert_within_ulp(0.51, gradient, expected[1], x, flushed=FLUSHED)
 
 
 def exact_focal(x, gamma):

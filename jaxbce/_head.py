@@ -263,6 +263,8 @@ def _evaluate(
     if reduction != "none":
         return _linear.total_loss(how, operands)
     loss = _linear.row_losses(how, operands)
+    if weight is not None:
+        loss = jnp.where((weight != 0) | jnp.isfinite(loss), loss, 0)
     return _reduce.reduce_loss(loss, weight, None, None, "none").reshape(lead)
 
 

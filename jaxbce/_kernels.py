@@ -22,7 +22,7 @@ Kernel = Callable[..., jax.Array]
 Partials = Callable[..., tuple[jax.Array | None, ...]]
 
 
-def along(tangents: Any, slopes: Any) -> jax.Array:
+def along(tangents: Any, slopes: Any, like: jax.Array) -> jax.Array:
     """Σ tangent · slope, without what is constant or has no derivative."""
     # The tangents are not tested for zero by value: that could not be transposed.
     terms = [
@@ -30,7 +30,8 @@ def along(tangents: Any, slopes: Any) -> jax.Array:
         for tangent, slope in zip(tangents, slopes, strict=True)
         if slope is not None and not isinstance(tangent, SymbolicZero)
     ]
-    total: jax.Array = functools.reduce(operator.add, terms)
+    # None where all that moves has no derivative, as a label in what no longer depends on it.
+    total: jax.Array = functools.reduce(operator.add, terms) if terms else jnp.zeros_like(like)
     return total
 
 
@@ -40,7 +41,8 @@ def with_jvp(value: Kernel, partials: Partials) -> Kernel:
     kernel = jax.custom_jvp(jax.jit(value, inline=True))
 
     def jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-        return kernel(*primals), along(tangents, partials(*primals))
+        result = kernel(*primals)
+        return result, along(tangents, partials(*primals), result)
 
     kernel.defjvp(jvp, symbolic_zeros=True)
     return kernel
@@ -64,7 +66,7 @@ def with_vjp(value: Kernel, partials: Partials) -> Kernel:
         slopes = partials(*residuals)
 
         def tangent(*tangents: Any) -> jax.Array:
-            return along(tangents, slopes)
+            return along(tangents, slopes, g)
 
         return jax.linear_transpose(tangent, *residuals)(g)
 

@@ -301,7 +301,7 @@ def top_k_pass(
         logits, _ = chunk_logits(
             features, part, None if bias is None else columns(bias, start, size)
         )
-        values, ids = jax.lax.top_k(logits, min(k, size))
+        values, ids = jax.lax.top_k(logits, k)
         return values, ids + start
 
     def step(

@@ -164,7 +164,8 @@ def test_a_row_of_weight_zero_hides_what_is_not_finite(rng):
     assert got[1]["weight"][1] == 0
 
 
-def test_a_row_of_weight_zero_hides_an_infinite_loss(rng):
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_row_of_weight_zero_hides_an_infinite_loss(reduction, rng):
     """Of finite features: logits that overflow, of label 1 to ∞ - ∞."""
     names = ("features", "kernel", "bias", "weight", "positives")
     arguments = {name: draw(rng)[name] for name in names}
@@ -172,8 +173,9 @@ def test_a_row_of_weight_zero_hides_an_infinite_loss(rng):
     arguments["bias"] = arguments["bias"].at[1].set(-jnp.inf)  # a positive of no row
     clean = arguments | {"weight": arguments["weight"].at[1].set(0)}
     dirty = clean | {"features": arguments["features"].at[1].set(3e38)}
-    expected, got = (value_and_gradients(head, given) for given in (clean, dirty))
-    assert got[0] == expected[0]
+    loss = functools.partial(head, reduction=reduction)
+    expected, got = (value_and_gradients(loss, given) for given in (clean, dirty))
+    np.testing.assert_array_equal(got[0], expected[0])
     np.testing.assert_array_equal(got[1]["kernel"], expected[1]["kernel"])
     assert not np.any(got[1]["features"][1])
     assert got[1]["weight"][1] == 0

@@ -108,6 +108,9 @@ def test_second_derivative_by_label_and_score(loss, rng):
     scores, labels = loss.draw(rng, (5,))
     labels = labels * 0.5 + 0.25
     mixed = jax.jacrev(jax.grad(loss.total, argnums=1), argnums=0)(scores, labels)
+    swapped = jax.jacrev(jax.grad(loss.total, argnums=0), argnums=1)(scores, labels)
+    np.testing.assert_allclose(swapped, mixed, rtol=2e-5, atol=1e-6)
+    assert np.isfinite(jax.hessian(loss.total, argnums=1)(scores, labels)).all()
     step = 1e-5
     above, below = (
         loss.oracle(np.float64(scores), np.float64(labels) + side)[1] for side in (step, -step)

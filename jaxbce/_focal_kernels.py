@@ -84,8 +84,6 @@ def sum_kernel(
     def partials(x: jax.Array, y: jax.Array) -> tuple[jax.Array | None, ...]:
         return tuple(kernel and kernel(x, y) for kernel in derivatives())
 
-    if not any(symbol in by_x or symbol in by_y for product in total for symbol, _ in product):
-        return lambda x, y: lax.stop_gradient(value(x, y))
     return decorate(value, partials)
 
 

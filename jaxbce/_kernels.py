@@ -1,10 +1,11 @@
 """Elementwise mathematics: scalar functions and their derivative rules, nothing else.
 
 Every function here takes scalars; `over` lifts it to arrays. A loss is written as `<op>_value` and
-its derivatives `<op>_partials`; two decorated functions share them. `<op>_forward`
-(`jax.custom_jvp`) supports forward and reverse mode; `<op>` (`jax.custom_vjp`) keeps nothing but
-its inputs for the backward pass. JAX never differentiates through an `abs`, a `max` or a `where`
-below, so the derivatives are right at logit 0, in both tails and at every order.
+its derivatives `<op>_partials`. `with_jvp` makes of them a function for forward and reverse mode,
+`with_vjp` one that keeps nothing but its inputs for the backward pass; `bce_with_logits` has both,
+the first as `bce_with_logits_forward`. In the functions of logits JAX never differentiates through
+an `abs`, a `max` or a `where`, so their derivatives are right at logit 0, in both tails and at
+every order.
 
 A zero coefficient annihilates: 0 · ∞ = 0.
 """

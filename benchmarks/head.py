@@ -1,6 +1,6 @@
 """Claim: at 131,072 labels, batch 256, width 128, float32, on a CPU, the chunked head is 2.4 to 3.4
-times as fast as a dense optax head and takes 0.9 to 1.3 times its three bare matrix products (1.1 on
-a quiet machine); `chunk_size=None` is within 10 % of the best fixed chunk.
+times as fast as a dense optax head and takes 0.9 to 1.3 times its three bare matrix products, 1.1
+on a quiet machine; `chunk_size=None` is within 10 % of the best fixed chunk.
 
     python benchmarks/head.py [chunks]
 

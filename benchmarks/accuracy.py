@@ -1,7 +1,8 @@
 """Claim: over every float32 logit the loss is within 2 ULP, its gradient within 2 and its second
 derivative within 4, and nothing is NaN. Labels 0 and 1; the judge is float64.
 
-The sweep resumes from its state file, so it can be stopped at any time.
+The sweep resumes from its state file, so it can be stopped at any time. What it has found counts
+only for the source of jaxbce and the versions that it was found with.
 
     python benchmarks/accuracy.py                        # all 2^32, an hour
     python benchmarks/accuracy.py --core                 # 2^-7 <= |x| < 2^7, where errors are large
@@ -9,6 +10,8 @@ The sweep resumes from its state file, so it can be stopped at any time.
 """
 
 import argparse
+import hashlib
+import importlib.metadata
 import json
 import math
 import pathlib
@@ -17,6 +20,8 @@ import sys
 import contenders
 import jax
 import numpy as np
+
+import jaxbce
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))
 
@@ -95,6 +100,13 @@ def print_table(worst, count):
         print(f"{name:9} " + "; ".join(cells))
 
 
+def measured_with():
+    """What a state must not outlive: the source of jaxbce and the versions beside it."""
+    sources = sorted(pathlib.Path(jaxbce.__file__).parent.glob("*.py"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+    return [digest, *(importlib.metadata.version(name) for name in ("jax", "optax"))]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--core", action="store_true", help="only 2^-7 <= |x| < 2^7")
@@ -114,7 +126,8 @@ def main():
         implementations["PyTorch"] = torch_derivatives
 
     states = json.loads(args.state.read_text()) if args.state.exists() else {}
-    key = " ".join(["core" if args.core else "all", str(args.fraction), *implementations])
+    part = ["core" if args.core else "all", str(args.fraction)]
+    key = " ".join([*part, *implementations, *measured_with()])
     state = states.setdefault(key, {"blocks": 0, "worst": {}})
     args.state.parent.mkdir(parents=True, exist_ok=True)
     while state["blocks"] < blocks:

@@ -272,7 +272,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--torch", default=sys.executable, help="a Python interpreter with torch")
     parser.add_argument("--scale", type=int, default=1, help="times as many rounds")
-    parser.add_argument("--name", default="cpu", help="of the files in benchmarks/results")
+    parser.add_argument("--name", help="keep the results under this name in benchmarks/results")
     args = parser.parse_args()
 
     has_torch = subprocess.run([args.torch, "-c", "import torch"], capture_output=True)
@@ -287,9 +287,9 @@ def main():
     results["dispatch"] = measure_dispatch(args.scale)
     results["compilation"] = measure_compilation(args.scale)
 
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{args.name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    plot(results["steps"], RESULTS / f"{args.name}.png")
+    if args.name:
+        (RESULTS / f"{args.name}.json").write_text(json.dumps(results, indent=1) + "\n")
+        plot(results["steps"], RESULTS / f"{args.name}.png")
 
 
 if __name__ == "__main__":

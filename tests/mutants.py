@@ -571,7 +571,10 @@ def all_mutants(modules):
 def mutated(module, before, after):
     source = (ROOT / "jaxbce" / f"{module}.py").read_text()
     if before not in source:
-        raise SystemExit(f"{module}: the mutant's text is not there any more: {before!r}")
+        raise SystemExit(
+            f"{module}: the mutant's text is not there any more, so update or remove its "
+            f"entry in MUTANTS: {before!r}"
+        )
     return source.replace(before, after, 1)
 
 

@@ -180,6 +180,17 @@ def test_forward_mode_only_where_promised(loss, rng):
     np.testing.assert_allclose(linear(scores), tangent, rtol=1e-6)
 
 
+@logit_losses
+@pytest.mark.parametrize("label", [0.0, 1.0], ids="label={}".format)
+def test_the_tails_keep_their_digits(loss, label):
+    """Relative to what is left there: sigmoid(x) - y would lose half of it at logit 17."""
+    x = np.array([-80, -30, -17, 17, 30, 80], np.float32)
+    y = np.full_like(x, label)
+    value, slope = loss.oracle(np.float64(x), np.float64(y))
+    np.testing.assert_allclose(loss.unreduced(x, y), value, rtol=1e-5, atol=1e-37)
+    np.testing.assert_allclose(jax.grad(loss.total)(x, y), slope, rtol=1e-5, atol=1e-37)
+
+
 # --- weight, where, reduction ------------------------------------------------------------------
 
 

@@ -172,7 +172,7 @@ def main() -> None:
     for dtype in args.dtypes:
         for case in args.cases:
             for contender in args.contenders:
-                if contender in WITHOUT_POS_WEIGHT and case in ("pos_weight", "all"):
+                if contender in WITHOUT_POS_WEIGHT and "pos_weight" in CASES[case](*args.shape):
                     continue
                 row = compile_one(args.target, contender, case, dtype, *args.shape)
                 rows.append(row)

@@ -27,9 +27,9 @@ arrays of the logits; jax 0.10.2, one run:
   optax                   3.82 (3)    3.97 (3)    2.11 (3)    2.02 (3)    7.09 (13)   3.88 (7)
 
 An array of [8192, 1024] float32 has 32 MiB, the size from which glibc gives memory back to the
-system after each call, so that the next one faults in every page: that is most of `x + y` and of
-what jaxbce takes longer than the textbook there. `MALLOC_MMAP_THRESHOLD_=4294967296
-MALLOC_TRIM_THRESHOLD_=8589934592` in the environment keeps the pages.
+system after each call, so that the next one faults in every page: that is most of `x + y` there.
+`MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592` in the environment keeps the
+pages; the textbook, which writes no array of losses, is then still the faster.
 """
 
 import argparse

@@ -212,13 +212,14 @@ def evaluate_focal(total: Sum, at: SigmoidPowers, y: jax.Array) -> jax.Array:
         c_over_m = jnp.where(vanished, 1, c / jnp.where(near, at.t, u) * (1 + at.t))
         return annihilate(value, c_over_m)
 
+    bases = {"a": a, "b": b, "d": a - b, "r": -jnp.tanh(at.x / 2)}
     result = jnp.zeros_like(m)
     for product, coefficient in total.items():
         k = dict(product)
         value = powers(*(k.pop(symbol, 0) for symbol in "pqmc"))
         if "x" in k:
             value = annihilate(value, at.x)
-        for symbol, base in (("a", a), ("b", b), ("d", a - b), ("r", -jnp.tanh(at.x / 2))):
+        for symbol, base in bases.items():
             if symbol in k:
                 value = annihilate(lax.integer_pow(base, int(k[symbol])), value)
         result = result + coefficient * value

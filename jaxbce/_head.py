@@ -263,8 +263,9 @@ def _evaluate(
     if reduction != "none":
         return _linear.total_loss(how, operands)
     loss = _linear.row_losses(how, operands)
-    if weight is not None:
-        loss = jnp.where((weight != 0) | jnp.isfinite(loss), loss, 0)
+    keep = _reduce.kept(loss, weight, None)
+    if keep is not None:
+        loss = jnp.where(keep, loss, 0)
     return _reduce.reduce_loss(loss, weight, None, None, "none").reshape(lead)
 
 

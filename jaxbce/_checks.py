@@ -3,7 +3,7 @@
 import functools
 import numbers
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,6 @@ from jax.experimental import checkify
 P = ParamSpec("P")
 R = TypeVar("R")
 
-ARRAY_TYPES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
 
 # Part of jit's cache key: a function traced without checks is traced again under `checked`.
 _value_checks = jax.make_user_context(default_value=False)
@@ -37,7 +36,8 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
 
     Raises:
       ValueError: when the returned function is called: the first failed check, with the name of the
-        jaxbce function, the argument and the offending value.
+        jaxbce function, the argument and the offending value; also for an integer that JAX would
+        cut to 32 bits, and inside a transformation.
 
     Edge values: what `where` masks, or a weight of 0 drops, may hold anything and is not checked.
 
@@ -56,8 +56,19 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(fn)
     def with_checks(*args: P.args, **kwargs: P.kwargs) -> R:
+        if _value_checks.value:
+            return fn(*args, **kwargs)
+        # A copy: an NNX module would be left without its parameters where tracing it fails.
+        args, kwargs = jax.tree.map(lambda leaf: leaf, (args, kwargs))
+        for values in jax.tree.leaves((args, kwargs)):
+            _check_narrowing("checked", "an argument", values)
         with _value_checks(True):
             error, result = checkify.checkify(fn)(*args, **kwargs)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(error)):
+            raise ValueError(
+                "checked: it goes outside of jax.jit, jax.grad and every other transformation, got "
+                "a traced call; write checked(jax.jit(fn)) or checked(jax.grad(fn))"
+            )
         try:
             error.throw()
         except checkify.JaxRuntimeError as failure:
@@ -67,124 +78,175 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
     return with_checks
 
 
-class Arguments:
-    """The array arguments of one call to `name`, checked and in the dtype of its arithmetic.
-
-    Everything is measured against the first argument, `scores_name` in the messages.
-    """
-
-    def __init__(self, name: str, scores_name: str, scores: Any) -> None:
-        self.name = name
-        self.scores_name = scores_name
-        dtype = self._dtype(scores_name, scores)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"{name}: {scores_name} must be floating-point, got {dtype}; "
-                f"convert with jax.numpy.asarray({scores_name}, jax.numpy.float32)"
-            )
-        self.dtype = np.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
-        self.scores = jnp.asarray(scores).astype(self.dtype)
-        self.shape = self.scores.shape
-
-    def labels(self, values: Any) -> jax.Array:
-        """Labels, in exactly the shape of the scores."""
-        labels = self._real("labels", values)
-        if labels.shape != self.shape:
-            raise ValueError(
-                f"{self.name}: labels must have the shape of {self.scores_name}, got labels "
-                f"{labels.shape} and {self.scores_name} {self.shape}; nothing is broadcast, so "
-                "reshape one of them, for example with labels[:, None]"
-            )
-        return labels
-
-    def positives(self, values: Any) -> jax.Array:
-        """Label ids, as `check_positives` returns them, with the leading axes of the scores."""
-        if not self.shape:
-            raise ValueError(f"{self.name}: {self.scores_name} must have an axis of labels, got ()")
-        ids = check_positives(self.name, values, self.shape[-1])
-        if ids.shape[:-1] != self.shape[:-1]:
-            raise ValueError(
-                f"{self.name}: positives must have the leading axes of {self.scores_name}, got "
-                f"positives {ids.shape} and {self.scores_name} {self.shape}; one positive per row "
-                "of a (batch, labels) array is positives[:, None]"
-            )
-        return ids
-
-    def broadcast(self, argument: str, values: Any) -> jax.Array | None:
-        """An optional argument, broadcast to the shape of the scores."""
-        if values is None:
-            return None
-        values = self._real(argument, values)
-        check_broadcasts(self.name, argument, values.shape, self.scores_name, self.shape)
-        # Sharded as the scores where their type says how.
-        return jnp.broadcast_to(values, self.shape, out_sharding=jax.typeof(self.scores).sharding)
-
-    def mask(self, where: Any) -> jax.Array | None:
-        """An optional mask, in its own shape but with the rank of the scores."""
-        return check_mask(self.name, where, self.scores_name, self.shape)
-
-    def number(self, argument: str, value: Any) -> jax.Array:
-        number = self._real(argument, value)
-        if number.ndim:
-            raise ValueError(
-                f"{self.name}: {argument} must be one number, got an array of shape {number.shape}"
-            )
-        return number
-
-    def unit_interval(
-        self, argument: str, values: jax.Array, keep: jax.Array | None = None
-    ) -> None:
-        """Under `checked`, every kept element of `values` must lie in [0, 1]."""
-        ok = (values >= 0) & (values <= 1)
-        if keep is not None:
-            ok |= ~keep
-        check_values(self.name, argument, values, ok, "in [0, 1]")
-
-    def _real(self, argument: str, values: Any) -> jax.Array:
-        dtype = self._dtype(argument, values)
-        if jnp.issubdtype(dtype, jnp.complexfloating):
-            raise TypeError(f"{self.name}: {argument} must be float, integer or bool, got {dtype}")
-        return jnp.asarray(values).astype(self.dtype)
-
-    def _dtype(self, argument: str, values: Any) -> np.dtype:
-        return array_dtype(self.name, argument, values)
+def admit(name: str, **arguments: Any) -> list[Any]:
+    """The arguments as `jax.jit` takes them: arrays, numbers or None for what is not given."""
+    return [_admit(name, argument, values) for argument, values in arguments.items()]
 
 
-def array_dtype(name: str, argument: str, values: Any) -> np.dtype:
-    """The dtype of an argument that must be an array or a number."""
-    if not isinstance(values, ARRAY_TYPES):
+def _admit(name: str, argument: str, values: Any) -> Any:
+    if not isinstance(values, jax.Array) and hasattr(values, "__jax_array__"):
+        values = values.__jax_array__()  # for example of a flax.nnx.Param
+    if values is None or isinstance(values, (bool, int, float, complex)):
+        return values
+    if not isinstance(values, (jax.Array, np.ndarray, np.generic)):
         raise TypeError(
             f"{name}: {argument} must be an array or a number, got "
             f"{type(values).__name__}; wrap it in jax.numpy.asarray"
         )
-    return np.dtype(jnp.result_type(values))
+    number = values.dtype == bool or jnp.issubdtype(values.dtype, jnp.number)
+    if not number or values.dtype.itemsize > 8 * (1 + (values.dtype.kind == "c")):
+        raise TypeError(
+            f"{name}: {argument} must be an array of numbers of at most 64 bits, got dtype "
+            f"{values.dtype}; convert it, for example with numpy.asarray({argument}, numpy.float32)"
+        )
+    if _is_narrowed(values):
+        # As JAX would, but a large number becomes the largest, and not some small one.
+        info = np.iinfo(jax.dtypes.canonicalize_dtype(values.dtype))
+        return np.clip(values, info.min, info.max).astype(info.dtype)
+    return values
 
 
-def check_broadcasts(
+def _is_narrowed(values: Any) -> bool:
+    """Whether `values` are integers on the host of which JAX takes only the lower 32 bits."""
+    return (
+        isinstance(values, (np.ndarray, np.generic))
+        and values.dtype.kind in "iu"
+        and values.dtype != jax.dtypes.canonicalize_dtype(values.dtype)
+    )
+
+
+def _check_narrowing(name: str, argument: str, values: Any) -> None:
+    if _is_narrowed(values):
+        info = np.iinfo(jax.dtypes.canonicalize_dtype(values.dtype))
+        wide = np.ravel((values < info.min) | (values > info.max))
+        if wide.any():
+            raise ValueError(
+                f"{name}: {argument} holds {np.ravel(values)[np.argmax(wide)]}, which JAX would "
+                f"cut to {info.dtype}; mend it, or set jax_enable_x64"
+            )
+
+
+def real(name: str, argument: str, values: Any) -> jax.Array:
+    """An argument that must be float, integer or bool, as an array."""
+    if values is None:
+        raise TypeError(f"{name}: {argument} must be an array or a number, got NoneType")
+    array = jnp.asarray(values)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(f"{name}: {argument} must be float, integer or bool, got {array.dtype}")
+    return array
+
+
+def floating(name: str, argument: str, values: Any) -> jax.Array:
+    array = real(name, argument, values)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"{name}: {argument} must be floating-point, got {array.dtype}; "
+            f"convert with jax.numpy.asarray({argument}, jax.numpy.float32)"
+        )
+    return array
+
+
+def shaped(name: str, argument: str, values: Any, shape: tuple[int, ...], axes: str) -> jax.Array:
+    """A real array of exactly `shape`, whose axes are named by `axes`."""
+    array = real(name, argument, values)
+    if array.shape != shape:
+        raise ValueError(
+            f"{name}: {argument} must have shape {axes} = {shape}, got {array.shape}; nothing is "
+            f"broadcast, so {_remedy(argument, array.shape, shape)}"
+        )
+    return array
+
+
+def _remedy(argument: str, got: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    if not shape:
+        return f"pass one number, for example {argument}[0] or {argument}.mean()"
+    if broadcasts(got, shape):
+        return f"use jax.numpy.broadcast_to({argument}, {shape})"
+    return f"reshape it, for example with {argument}[:, None] or {argument}[:, 0]"
+
+
+def number(name: str, argument: str, value: Any) -> jax.Array:
+    array = real(name, argument, value)
+    if array.ndim:
+        raise ValueError(
+            f"{name}: {argument} must be one number, got an array of shape {array.shape}"
+        )
+    return array
+
+
+def broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Whether `shape` broadcasts to `target` without enlarging it; either may be symbolic."""
+    tail = target[len(target) - len(shape) :]
+    pairs = zip(shape, tail, strict=False)
+    return len(shape) <= len(target) and all(own in (1, size) for own, size in pairs)
+
+
+def broadcast(
+    name: str, argument: str, values: Any, against: str, target: tuple[int, ...]
+) -> jax.Array:
+    """A real array, broadcast to the `target` shape of the argument `against`."""
+    array = real(name, argument, values)
+    _check_broadcasts(name, argument, array.shape, against, target)
+    return jnp.broadcast_to(array, target)
+
+
+def _check_broadcasts(
     name: str, argument: str, shape: tuple[int, ...], against: str, target: tuple[int, ...]
 ) -> None:
-    """`shape` must broadcast to the `target` shape of the argument `against`."""
-    try:
-        fits = np.broadcast_shapes(shape, target) == target
-    except ValueError:
-        fits = False
-    if not fits:
+    if not broadcasts(shape, target):
         raise ValueError(
             f"{name}: {argument} of shape {shape} does not broadcast to {against} of shape "
             f"{target}; one value per row of a (batch, labels) array is {argument}[:, None]"
         )
 
 
-def check_mask(name: str, where: Any, against: str, target: tuple[int, ...]) -> jax.Array | None:
+def mask(name: str, where: Any, against: str, target: tuple[int, ...]) -> jax.Array | None:
     """An optional mask, in its own shape but with the rank of the `target` shape."""
     if where is None:
         return None
-    dtype = array_dtype(name, "where", where)
-    if dtype != jnp.bool_:
-        raise TypeError(f"{name}: where must be bool, got {dtype}; write where != 0")
     where = jnp.asarray(where)
-    check_broadcasts(name, "where", where.shape, against, target)
+    if where.dtype != jnp.bool_:
+        raise TypeError(f"{name}: where must be bool, got {where.dtype}; write where != 0")
+    _check_broadcasts(name, "where", where.shape, against, target)
     return jnp.expand_dims(where, range(len(target) - where.ndim))
+
+
+def positives(
+    name: str,
+    values: Any,
+    num_labels: int,
+    *,
+    rows_of: tuple[str, tuple[int, ...]] | None = None,
+    keep: jax.Array | None = None,
+) -> jax.Array:
+    """Label ids [..., P] as int32, every one outside [0, num_labels) replaced by num_labels.
+
+    They have the leading axes of `rows_of`, an argument by name and shape. Under `checked` an id
+    outside is an error, -1 and the rows apart that `keep` leaves out.
+    """
+    ids = real(name, "positives", values)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(
+            f"{name}: positives must be integer label ids, got {ids.dtype}; for a multi-hot array "
+            "use jaxbce.positives_from_multi_hot"
+        )
+    if not ids.ndim:
+        raise ValueError(f"{name}: positives must have an axis of label ids, got one number")
+    against, shape = rows_of or ("positives", ids.shape)
+    if ids.shape[:-1] != shape[:-1]:
+        raise ValueError(
+            f"{name}: positives must have shape (..., positives) with the leading axes of "
+            f"{against}, got positives {ids.shape} and {against} {shape}; one positive per row is "
+            "positives[:, None]"
+        )
+    if ids.dtype.itemsize < 4:
+        ids = ids.astype(jnp.int32)  # so that num_labels fits; a wide id is narrowed only below
+    inside = (ids >= 0) & (ids < num_labels)
+    ok = inside if jnp.issubdtype(ids.dtype, jnp.unsignedinteger) else inside | (ids == -1)
+    if keep is not None:
+        ok |= ~keep[..., None]
+    check_values(name, "positives", ids, ok, f"in [0, {num_labels}), or -1 for padding")
+    return jnp.where(inside, ids, num_labels).astype(jnp.int32)
 
 
 def check_one_of(name: str, **arguments: Any) -> None:
@@ -201,39 +263,33 @@ def check_values(name: str, argument: str, values: jax.Array, ok: jax.Array, rul
     """Under `checked`, `ok` must hold for every element of `values`."""
     if not _value_checks.value or not values.size:
         return
-    offending = jnp.ravel(values)[jnp.argmin(ok)]
+    offending = jnp.ravel(values)[jnp.argmin(jnp.broadcast_to(ok, values.shape))]
     message = f"{name}: {argument} must be {rule}, got {{value}}"
     checkify.check(jnp.all(ok), message, value=offending)
 
 
-def check_positives(name: str, positives: Any, num_labels: int) -> jax.Array:
-    """Label ids as int32, every one outside [0, num_labels) replaced by num_labels."""
-    dtype = array_dtype(name, "positives", positives)
-    if not jnp.issubdtype(dtype, jnp.integer):
-        raise TypeError(
-            f"{name}: positives must be integer label ids, got {dtype}; for a multi-hot array use "
-            "jaxbce.positives_from_multi_hot"
-        )
-    if not jnp.ndim(positives):
-        raise ValueError(f"{name}: positives must have an axis of label ids, got one number")
-    ids = jnp.asarray(positives)
-    if dtype.itemsize < 4:
-        ids = ids.astype(jnp.int32)  # so that num_labels fits; a wide id is narrowed only below
-    inside = (ids >= 0) & (ids < num_labels)
-    ok = inside if jnp.issubdtype(ids.dtype, jnp.unsignedinteger) else inside | (ids == -1)
-    check_values(name, "positives", ids, ok, f"in [0, {num_labels}), or -1 for padding")
-    return jnp.where(inside, ids, num_labels).astype(jnp.int32)
+def check_unit_interval(
+    name: str, argument: str, values: jax.Array, keep: jax.Array | None = None
+) -> None:
+    """Under `checked`, every kept element of `values` must lie in [0, 1]."""
+    ok = (values >= 0) & (values <= 1)
+    check_values(name, argument, values, ok if keep is None else ok | ~keep, "in [0, 1]")
+
+
+def known(value: Any) -> TypeGuard[float]:
+    """Whether `value` is one number whose value is at hand: not traced, not on a device."""
+    return isinstance(value, numbers.Real) or (isinstance(value, np.ndarray) and not value.ndim)
 
 
 def fraction_or_none(name: str, argument: str, value: Any) -> Any:
     """`value` after `check_fraction`; None, which costs nothing, for a constant 0."""
     check_fraction(name, argument, value)
-    return None if isinstance(value, (int, float)) and value == 0 else value
+    return None if known(value) and value == 0 else value
 
 
 def check_fraction(name: str, argument: str, value: Any) -> None:
     """A number known before tracing must lie in [0, 1]."""
-    if isinstance(value, (int, float)) and not 0 <= value <= 1:
+    if known(value) and not 0 <= value <= 1:
         raise ValueError(f"{name}: {argument} must be in [0, 1], got {value}")
 
 
@@ -241,7 +297,9 @@ def static_number(
     name: str, argument: str, value: Any, valid: str, low: float, high: float
 ) -> float:
     """A number that must be known before tracing, with low <= number < high; `valid` says so."""
-    if not isinstance(value, numbers.Real):
+    if value is None:
+        raise TypeError(f"{name}: {argument} must be a number, got None; pass 0.0 for none of it")
+    if not known(value):
         raise TypeError(
             f"{name}: {argument} must be a Python number, known before tracing, got "
             f"{type(value).__name__}; pass float({argument}) outside jax.jit, or make it static: "
@@ -256,33 +314,6 @@ def static_number(
 def check_choice(name: str, argument: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: {argument} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def check_array(
-    name: str,
-    argument: str,
-    values: Any,
-    *,
-    floating: bool = False,
-    shape: tuple[int, ...] | None = None,
-    axes: str = "",
-) -> jax.Array:
-    """A real array, of a float dtype if `floating`, of `shape` if given; `axes` names its axes."""
-    dtype = array_dtype(name, argument, values)
-    if floating and not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            f"{name}: {argument} must be floating-point, got {dtype}; "
-            f"convert with jax.numpy.asarray({argument}, jax.numpy.float32)"
-        )
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(f"{name}: {argument} must be float, integer or bool, got {dtype}")
-    array = jnp.asarray(values)
-    if shape is not None and array.shape != shape:
-        raise ValueError(
-            f"{name}: {argument} must have shape {axes} = {shape}, got {array.shape}; nothing is "
-            f"broadcast, so reshape it or use jax.numpy.broadcast_to({argument}, {shape})"
-        )
-    return array
 
 
 def check_size(

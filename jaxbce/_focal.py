@@ -6,7 +6,7 @@ import jax
 from jax.typing import ArrayLike
 
 from jaxbce import _checks, _focal_kernels
-from jaxbce._losses import evaluate
+from jaxbce._losses import Elementwise, evaluate, extent_of_logits
 
 
 def sigmoid_focal_loss(
@@ -74,7 +74,8 @@ def sigmoid_focal_loss(
     if alpha is not None:
         alpha = _checks.static_number(name, "alpha", alpha, "in [0, 1]", 0, math.nextafter(1, 2))
     kernel = _focal_kernels.sigmoid_focal(gamma, alpha)
-    return evaluate(name, kernel, (logits, labels), {}, weight, 0.0, where, reduction)
+    loss = Elementwise(kernel, extent_of_logits)
+    return evaluate(name, loss, logits, labels, weight=weight, where=where, reduction=reduction)
 
 
 def asymmetric_loss(
@@ -148,4 +149,5 @@ def asymmetric_loss(
     ]
     clip = _checks.static_number(name, "clip", clip, "in [0, 1)", 0, 1)
     kernel = _focal_kernels.asymmetric(*gammas, clip, bool(stop_focus_gradient))
-    return evaluate(name, kernel, (logits, labels), {}, weight, 0.0, where, reduction)
+    loss = Elementwise(kernel, extent_of_logits)
+    return evaluate(name, loss, logits, labels, weight=weight, where=where, reduction=reduction)

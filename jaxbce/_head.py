@@ -1,15 +1,14 @@
 """Public functions of the chunked head: check, choose the chunk and the devices, evaluate."""
 
-import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
-from jaxbce import _checks, _linear, _reduce, _sharding
+from jaxbce import _checks, _kernels, _linear, _placement, _reduce, _sharding
 
 
 def linear_bce_with_logits(
@@ -90,24 +89,22 @@ def linear_bce_with_logits(
     """
     name = "linear_bce_with_logits"
     _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
-    smoothing = _checks.fraction_or_none(name, "label_smoothing", label_smoothing)
     _checks.check_one_of(name, positives=positives, labels=labels)
-    loss: jax.Array = _evaluate(
-        features,
-        kernel,
-        bias,
-        positives,
-        labels,
-        weight,
-        pos_weight,
-        smoothing,
-        name=name,
-        reduction=reduction,
-        chunk_size=chunk_size,
-        mesh=mesh,
-        batch_axis=batch_axis,
-        label_axis=label_axis,
+    devices = _sharding.Devices.named(
+        name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis
     )
+    arrays = _checks.admit(
+        name,
+        features=features,
+        kernel=kernel,
+        bias=bias,
+        positives=positives,
+        labels=labels,
+        weight=weight,
+        pos_weight=pos_weight,
+        label_smoothing=_checks.fraction_or_none(name, "label_smoothing", label_smoothing),
+    )
+    loss: jax.Array = _evaluate(*arrays, name=name, reduction=reduction, devices=devices)
     return loss
 
 
@@ -152,7 +149,10 @@ def linear_top_k(
 
     Source: `jax.lax.top_k`, merged over chunks.
     """
-    best: tuple[jax.Array, jax.Array] = _top_k(features, kernel, bias, k=k, chunk_size=chunk_size)
+    name = "linear_top_k"
+    devices = _sharding.Devices.named(name, chunk_size, None)
+    arrays = _checks.admit(name, features=features, kernel=kernel, bias=bias)
+    best: tuple[jax.Array, jax.Array] = _top_k(*arrays, name=name, k=k, devices=devices)
     return best
 
 
@@ -160,8 +160,8 @@ def _prepare_layer(
     name: str, features: Any, kernel: Any, bias: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The arrays of a linear layer; `features` in the dtype in which products are multiplied."""
-    features = _checks.check_array(name, "features", features, floating=True)
-    kernel = _checks.check_array(name, "kernel", kernel, floating=True)
+    features = _checks.floating(name, "features", features)
+    kernel = _checks.floating(name, "kernel", kernel)
     if not features.ndim:
         raise ValueError(f"{name}: features must have shape (..., width), got one number")
     if kernel.ndim != 2 or kernel.shape[0] != features.shape[-1]:
@@ -169,49 +169,29 @@ def _prepare_layer(
             f"{name}: kernel must have shape (width, labels) for features {features.shape} of "
             f"shape (..., width), got {kernel.shape}; a (labels, width) kernel is kernel.T"
         )
-    dtype = _linear.accumulator(features, kernel)
+    if not isinstance(kernel.shape[1], int):
+        raise ValueError(
+            f"{name}: kernel must have a number of labels that is known while tracing, got "
+            f"{kernel.shape}; only the leading axes of features may be symbolic"
+        )
+    dtype = _kernels.accumulator(features, kernel)
     if not features.dtype == kernel.dtype == jnp.bfloat16:
         # Also for float16, in which a gradient divided by rows · labels would be 0.
         features = features.astype(dtype)
     if bias is not None:
-        shape = kernel.shape[1:]
-        bias = _checks.check_array(name, "bias", bias, floating=True, shape=shape, axes="(labels,)")
-        bias = bias.astype(dtype)
+        bias = _checks.floating(name, "bias", bias)
+        bias = _checks.shaped(name, "bias", bias, kernel.shape[1:], "(labels,)").astype(dtype)
     return features, kernel, bias
 
 
-def _prepare_targets(
-    name: str,
-    positives: Any,
-    labels: Any,
-    weight: jax.Array | None,
-    lead: tuple[int, ...],
-    num_labels: int,
-) -> tuple[jax.Array | None, jax.Array | None]:
-    """Whichever is given, with one leading axis."""
-    batch = math.prod(lead)
-    if positives is not None:
-        positives = _checks.check_positives(name, positives, num_labels)
-        size = positives.shape[-1]
-        _checks.check_array(
-            name, "positives", positives, shape=(*lead, size), axes="(..., positives)"
-        )
-        return positives.reshape(batch, size), None
-    labels = _checks.check_array(
-        name, "labels", labels, shape=(*lead, num_labels), axes="(..., labels)"
-    ).reshape(batch, num_labels)
-    values = labels.astype(jnp.float32)
-    ok = (values >= 0) & (values <= 1)
-    if weight is not None:
-        ok = ok | (weight == 0)[:, None]
-    _checks.check_values(name, "labels", values, ok, "in [0, 1]")
-    return None, labels
+def _by_row(features: Any, *_: Any, reduction: str, **__: Any) -> PartitionSpec:
+    """The loss of each row is sharded as the features are."""
+    if reduction != "none":
+        return PartitionSpec()
+    return PartitionSpec(*_placement.common_spec(features)[:-1])
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("name", "reduction", "chunk_size", "mesh", "batch_axis", "label_axis"),
-)
+@_placement.compiled("name", "reduction", "devices", result=_by_row)
 def _evaluate(
     features: Any,
     kernel: Any,
@@ -224,42 +204,46 @@ def _evaluate(
     *,
     name: str,
     reduction: str,
-    chunk_size: int | None,
-    mesh: Mesh | None,
-    **axes: str | None,
+    devices: _sharding.Devices,
 ) -> jax.Array:
     features, kernel, bias = _prepare_layer(name, features, kernel, bias)
     lead, num_labels = features.shape[:-1], kernel.shape[1]
     batch = math.prod(lead)
-    how = _sharding.choose_devices(name, (batch, num_labels), chunk_size, mesh, axes)
+    rows_of = ("features", features.shape)
     features = features.reshape(batch, features.shape[-1])
-    dtype = _linear.accumulator(features)
+    dtype = _kernels.accumulator(features)
+    counted = None
     if weight is not None:
-        weight = _checks.check_array(name, "weight", weight, shape=lead, axes="(...,)")
-        weight = weight.astype(dtype).reshape(batch)
+        weight = _checks.shaped(name, "weight", weight, lead, "(...,)").astype(dtype)
+        counted = weight != 0
+        weight = weight.reshape(batch)
         keep = (weight != 0) | jnp.all(jnp.isfinite(features), axis=1)
         features = jnp.where(keep[:, None], features, 0)
         weight = jnp.where(keep, weight, 0)
-    positives, labels = _prepare_targets(name, positives, labels, weight, lead, num_labels)
+    if positives is not None:
+        positives = _checks.positives(name, positives, num_labels, rows_of=rows_of, keep=counted)
+        positives = positives.reshape(batch, positives.shape[-1])
+    else:
+        labels = _checks.shaped(name, "labels", labels, (*lead, num_labels), "(..., labels)")
+        rows = None if counted is None else counted[..., None]
+        _checks.check_unit_interval(name, "labels", labels.astype(dtype), rows)
+        labels = labels.reshape(batch, num_labels)
     if pos_weight is not None:
-        pos_weight = _checks.check_array(
-            name, "pos_weight", pos_weight, shape=(num_labels,), axes="(labels,)"
-        ).astype(dtype)
+        pos_weight = _checks.shaped(name, "pos_weight", pos_weight, (num_labels,), "(labels,)")
+        pos_weight = pos_weight.astype(dtype)
     if label_smoothing is not None:
-        label_smoothing = _checks.check_array(
-            name, "label_smoothing", label_smoothing, shape=(), axes="()"
-        ).astype(dtype)
-        ok = (label_smoothing >= 0) & (label_smoothing <= 1)
-        _checks.check_values(name, "label_smoothing", label_smoothing, ok, "in [0, 1]")
+        label_smoothing = _checks.number(name, "label_smoothing", label_smoothing).astype(dtype)
+        _checks.check_unit_interval(name, "label_smoothing", label_smoothing)
 
-    divisors = {"mean": batch * num_labels, "batchmean": batch}
     scale = jnp.ones(batch, dtype) if weight is None else weight
-    scale = scale * (1 / max(divisors.get(reduction, 1), 1))  # as an int it may overflow
-    operands = how.place(
-        _linear.Operands(
-            features, kernel, bias, positives, labels, pos_weight, label_smoothing, scale
-        )
+    rows_and_labels = {"mean": (batch, num_labels), "batchmean": (batch,)}.get(reduction, ())
+    for size in rows_and_labels:
+        scale = scale / _reduce.as_float(max(size, 1), dtype)
+    operands = _linear.Operands(
+        features, kernel, bias, positives, labels, pos_weight, label_smoothing, scale
     )
+    operands = _placement.vary_together(operands)
+    how = devices.over(name, batch, num_labels)
     if reduction != "none":
         return _linear.total_loss(how, operands)
     loss = _linear.row_losses(how, operands)
@@ -269,16 +253,20 @@ def _evaluate(
     return _reduce.reduce_loss(loss, weight, None, None, "none").reshape(lead)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "chunk_size"))
+def _by_row_and_whole(features: Any, *_: Any, **__: Any) -> tuple[PartitionSpec, PartitionSpec]:
+    spec = PartitionSpec(*_placement.common_spec(features)[:-1], None)
+    return spec, spec
+
+
+@_placement.compiled("name", "k", "devices", result=_by_row_and_whole)
 def _top_k(
-    features: Any, kernel: Any, bias: Any, *, k: int, chunk_size: int | None
+    features: Any, kernel: Any, bias: Any, *, name: str, k: int, devices: _sharding.Devices
 ) -> tuple[jax.Array, jax.Array]:
-    name = "linear_top_k"
     features, kernel, bias = _prepare_layer(name, features, kernel, bias)
     num_labels = kernel.shape[1]
     _checks.check_size(name, "k", k, num_labels)
     lead = features.shape[:-1]
     features = features.reshape(math.prod(lead), features.shape[-1])
-    how = _sharding.choose_devices(name, (features.shape[0], num_labels), chunk_size, None, {})
+    how = devices.over(name, features.shape[0], num_labels)
     values, ids = _linear.top_k_pass(features, kernel, bias, k, max(how.chunk_size, k))
     return values.reshape(*lead, k), ids.reshape(*lead, k)

@@ -75,11 +75,29 @@ def with_vjp(value: Kernel, partials: Partials) -> Kernel:
     return kernel
 
 
+def accumulator(*arrays: jax.Array) -> Any:
+    """The dtype in which what comes of `arrays` is computed and summed, and that of the loss."""
+    wide = any(array.dtype == jnp.float64 for array in arrays)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
 def over(kernel: Kernel, ndim: int) -> Kernel:
     """`kernel` mapped over `ndim` axes of its inputs."""
     for _ in range(ndim):
         kernel = jax.vmap(kernel)
     return kernel
+
+
+def annihilate_value(coefficient: jax.Array, value: jax.Array) -> jax.Array:
+    return jnp.where(coefficient == 0, 0, coefficient * value)
+
+
+def annihilate_partials(coefficient: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return value, coefficient
+
+
+# coefficient · value, of which a coefficient of 0 annihilates an infinite value
+annihilate = with_jvp(annihilate_value, annihilate_partials)
 
 
 # softplus_mix(x, a, b) = a softplus(x) + b softplus(-x)
@@ -205,7 +223,7 @@ sigmoid_slope = with_jvp(sigmoid_slope_value, sigmoid_slope_partials)
 def bce_with_logits_value(x: jax.Array, y: jax.Array, q: jax.Array | None) -> jax.Array:
     if q is None:
         return linear_and_curved(x, jnp.where(x > 0, 1 - y, y), 1)
-    return softplus_mix_value(x, 1 - y, q * y)
+    return softplus_mix_value(x, 1 - y, annihilate(y, q))
 
 
 def bce_with_logits_partials(
@@ -214,7 +232,8 @@ def bce_with_logits_partials(
     if q is None:
         return sigmoid_minus(x, y), -x, None
     d_labels = softplus_mix(x, -jnp.ones_like(x), q)
-    return sigmoid_mix(x, 1 - y, q * y), d_labels, softplus_mix(x, jnp.zeros_like(x), y)
+    by_weight = softplus_mix(x, jnp.zeros_like(x), y)
+    return sigmoid_mix(x, 1 - y, annihilate(y, q)), d_labels, by_weight
 
 
 bce_with_logits_forward = with_jvp(bce_with_logits_value, bce_with_logits_partials)

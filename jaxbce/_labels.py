@@ -1,14 +1,14 @@
 """Label ids (`positives`) to multi-hot arrays and back; the balance of the two classes."""
 
-import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbce import _checks
+from jaxbce import _checks, _placement
 
 
 def multi_hot(
@@ -46,9 +46,11 @@ def multi_hot(
 
     Source: scikit-learn's `MultiLabelBinarizer`, with a fixed number of ids per row.
     """
-    _checks.check_size("multi_hot", "num_labels", num_labels, least=0)
+    name = "multi_hot"
+    _checks.check_size(name, "num_labels", num_labels, least=0)
+    (positives,) = _checks.admit(name, positives=positives)
     result: jax.Array = _multi_hot_of(
-        positives, name="multi_hot", num_labels=num_labels, dtype=jnp.dtype(dtype)
+        positives, name=name, num_labels=num_labels, dtype=jnp.dtype(dtype)
     )
     return result
 
@@ -64,9 +66,26 @@ def scatter_ones(ids: jax.Array, num_labels: int, dtype: DTypeLike) -> jax.Array
     return row(ids)
 
 
-@functools.partial(jax.jit, static_argnames=("name", "num_labels", "dtype"))
+def labels_of(
+    name: str, positives: Any, shape: tuple[int, ...], counted: jax.Array | None
+) -> jax.Array:
+    """Dense labels of `shape`; ids in rows of which nothing is counted are not checked."""
+    if not shape:
+        raise ValueError(f"{name}: logits must have an axis of labels, got ()")
+    rows = None if counted is None else jnp.any(counted, axis=-1)
+    ids = _checks.positives(name, positives, shape[-1], rows_of=("logits", shape), keep=rows)
+    # XLA on a CPU fuses the conversion of bfloat16 into the loss, not that of bool or uint8.
+    return scatter_ones(ids, shape[-1], jnp.bfloat16)
+
+
+def by_row(array: Any, **_: Any) -> PartitionSpec:
+    """The result is sharded by row as the first argument is, and each row is whole."""
+    return PartitionSpec(*_placement.common_spec(array)[:-1], None)
+
+
+@_placement.compiled("name", "num_labels", "dtype", result=by_row)
 def _multi_hot_of(positives: Any, *, name: str, num_labels: int, dtype: jnp.dtype) -> jax.Array:
-    ids = _checks.check_positives(name, positives, num_labels)
+    ids = _checks.positives(name, positives, num_labels)
     return scatter_ones(ids, num_labels, dtype)
 
 
@@ -104,6 +123,7 @@ def positives_from_multi_hot(labels: ArrayLike, max_positives: int | None = None
     Source: `jax.numpy.nonzero`, by row.
     """
     name = "positives_from_multi_hot"
+    (labels,) = _checks.admit(name, labels=labels)
     if max_positives is not None:
         _checks.check_size(name, "max_positives", max_positives, least=0)
     elif isinstance(labels, jax.core.Tracer):
@@ -118,7 +138,7 @@ def positives_from_multi_hot(labels: ArrayLike, max_positives: int | None = None
     return result
 
 
-@functools.partial(jax.jit, static_argnames=("name", "max_positives"))
+@_placement.compiled("name", "max_positives", result=by_row)
 def _positives_of(labels: Any, *, name: str, max_positives: int) -> jax.Array:
     labels = _check_labels(name, labels)
     if labels.dtype != jnp.bool_:
@@ -184,7 +204,7 @@ def balanced_pos_weight(
     Source: negatives / positives, the advice of PyTorch's `BCEWithLogitsLoss`.
     """
     name = "balanced_pos_weight"
-    if isinstance(max_weight, (int, float)) and not max_weight > 0:
+    if _checks.known(max_weight) and not max_weight > 0:
         raise ValueError(f"{name}: max_weight must be positive, got {max_weight}")
     count, kept = _counts(name, labels, positives, num_labels, where)
     weight = (kept - count) / jnp.maximum(count, 1)
@@ -244,11 +264,12 @@ def _counts(
     name: str,
     labels: ArrayLike | None,
     positives: ArrayLike | None,
-    num_labels: int | None,
+    num_labels: Any,
     where: ArrayLike | None,
 ) -> tuple[jax.Array, jax.Array]:
     """For each label: its positives, and its elements that `where` keeps."""
     _checks.check_one_of(name, labels=labels, positives=positives)
+    labels, positives, where = _checks.admit(name, labels=labels, positives=positives, where=where)
     counts: tuple[jax.Array, jax.Array]
     if positives is None:
         if num_labels is not None:
@@ -262,10 +283,19 @@ def _counts(
     return counts
 
 
-@functools.partial(jax.jit, static_argnames="name")
+def by_label(labels: Any, *_: Any, **__: Any) -> tuple[PartitionSpec, PartitionSpec]:
+    spec = PartitionSpec(*_placement.common_spec(labels)[-1:])
+    return spec, spec
+
+
+def replicated(*_: Any, **__: Any) -> tuple[PartitionSpec, PartitionSpec]:
+    return PartitionSpec(), PartitionSpec()
+
+
+@_placement.compiled("name", result=by_label)
 def _dense_counts(labels: Any, where: Any, *, name: str) -> tuple[jax.Array, jax.Array]:
     labels = _check_labels(name, labels)
-    where = _checks.check_mask(name, where, "labels", labels.shape)
+    where = _checks.mask(name, where, "labels", labels.shape)
     dtype = jnp.float64 if labels.dtype == jnp.float64 else jnp.float32
     # Whole numbers are summed in int32, exactly.
     labels = labels.astype(dtype if jnp.issubdtype(labels.dtype, jnp.floating) else jnp.int32)
@@ -275,14 +305,14 @@ def _dense_counts(labels: Any, where: Any, *, name: str) -> tuple[jax.Array, jax
     return count.astype(dtype), _kept_per_label(where, labels.shape, dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("name", "num_labels"))
+@_placement.compiled("name", "num_labels", result=replicated)
 def _sparse_counts(
     positives: Any, where: Any, *, name: str, num_labels: int
 ) -> tuple[jax.Array, jax.Array]:
     # Sorted, a duplicate stands beside its like.
-    ids = jnp.sort(_checks.check_positives(name, positives, num_labels), axis=-1)
+    ids = jnp.sort(_checks.positives(name, positives, num_labels), axis=-1)
     shape = (*ids.shape[:-1], num_labels)
-    where = _checks.check_mask(name, where, "multi-hot labels", shape)
+    where = _checks.mask(name, where, "multi-hot labels", shape)
     counted = jnp.diff(ids, axis=-1, prepend=-1) != 0
     if where is not None:
         # `where` is read at each id in its own shape: broadcast it would be as large as the labels.
@@ -307,7 +337,7 @@ def _kept_per_label(where: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array
 
 def _check_labels(name: str, labels: Any) -> jax.Array:
     """Dense labels with a label axis, in their own dtype."""
-    array = _checks.check_array(name, "labels", labels)
+    array = _checks.real(name, "labels", labels)
     if not array.ndim:
         raise ValueError(f"{name}: labels must have an axis of labels, got one number")
     return array

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 
 from jaxbce import _kernels
 
-Gradients = dict[str, jax.Array]
-Wanted = tuple[str, ...]  # the operands whose gradient is wanted
+Gradients = dict[str, jax.Array]  # of every float operand that is given, whatever is wanted
 
 
 class Operands(NamedTuple):
@@ -34,15 +33,18 @@ class Operands(NamedTuple):
 LABELLED = ("kernel", "bias", "labels", "pos_weight")  # one column, or number, per label
 
 
-def accumulator(*arrays: jax.Array) -> Any:
-    """The dtype in which products of `arrays` are summed, and that of the loss."""
-    wide = any(array.dtype == jnp.float64 for array in arrays)
-    return jnp.dtype(jnp.float64 if wide else jnp.float32)
-
-
 def product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
     dimensions = (((axis_a,), (axis_b,)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=accumulator(a))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=_kernels.accumulator(a))
+
+
+def differentiable(operands: Operands) -> tuple[str, ...]:
+    """The names of the operands that `full_pass` has gradients of."""
+    return tuple(
+        name
+        for name, array in operands._asdict().items()
+        if name != "scale" and array is not None and jnp.issubdtype(array.dtype, jnp.floating)
+    )
 
 
 def columns(array: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
@@ -90,8 +92,20 @@ def elementwise_loss(
     return _kernels.over(_kernels.softplus_mix, 2)(logits, 1 - labels, positive)
 
 
+def gradient_dtype(operand: jax.Array) -> Any:
+    """The dtype in which a gradient waits for its cotangent.
+
+    Under a loss scale most of a gradient would be 0 in float16 before it is multiplied.
+    """
+    return _kernels.accumulator(operand) if operand.dtype == jnp.float16 else operand.dtype
+
+
 def chunk_pass(
-    operands: Operands, wanted: Wanted, offset: jax.Array | int, start: jax.Array | int, size: int
+    operands: Operands,
+    with_gradients: bool,
+    offset: jax.Array | int,
+    start: jax.Array | int,
+    size: int,
 ) -> tuple[jax.Array, Gradients]:
     """What `size` labels from `start` add to the loss of each row, and their gradients."""
     chunk = {
@@ -112,7 +126,7 @@ def chunk_pass(
     if operands.label_smoothing is not None:
         elements["label_smoothing"] = zeros + operands.label_smoothing
 
-    if not wanted:
+    if not with_gradients:
         return jnp.sum(elementwise_loss(signs, **elements), axis=1), {}
 
     scale = operands.scale
@@ -123,21 +137,18 @@ def chunk_pass(
 
     slopes, rows = jax.grad(scaled_loss, has_aux=True)(elements)
     slopes = {name: jnp.where(scale[:, None] == 0, 0, slope) for name, slope in slopes.items()}
-    gradients = {}
-    if "bias" in wanted:
-        gradients["bias"] = jnp.sum(slopes["logits"], axis=0)
     slope = slopes["logits"].astype(kernel.dtype)
-    if "features" in wanted:
-        gradients["features"] = product(slope, kernel, 1, 1)
-    if "kernel" in wanted:
-        dtype = operands.kernel.dtype
-        gradients["kernel"] = product(operands.features, slope, 0, 0).astype(dtype)
-    if "labels" in wanted:
-        assert operands.labels is not None
-        gradients["labels"] = slopes["labels"].astype(operands.labels.dtype)
-    if "pos_weight" in wanted:
+    gradients = {
+        "features": product(slope, kernel, 1, 1),
+        "kernel": product(operands.features, slope, 0, 0).astype(gradient_dtype(operands.kernel)),
+    }
+    if operands.bias is not None:
+        gradients["bias"] = jnp.sum(slopes["logits"], axis=0)
+    if operands.labels is not None and jnp.issubdtype(operands.labels.dtype, jnp.floating):
+        gradients["labels"] = slopes["labels"].astype(gradient_dtype(operands.labels))
+    if operands.pos_weight is not None:
         gradients["pos_weight"] = jnp.sum(slopes["pos_weight"], axis=0)
-    if "label_smoothing" in wanted:
+    if operands.label_smoothing is not None:
         gradients["label_smoothing"] = jnp.sum(slopes["label_smoothing"])
     return rows, gradients
 
@@ -151,7 +162,7 @@ def put(gradients: Gradients, name: str, part: jax.Array, start: jax.Array | int
 
 
 def full_pass(
-    operands: Operands, wanted: Wanted, chunk_size: int, offset: jax.Array | int = 0
+    operands: Operands, with_gradients: bool, chunk_size: int, offset: jax.Array | int = 0
 ) -> tuple[jax.Array, Gradients]:
     """The unscaled loss of each row and the gradients of Σ scale · loss.
 
@@ -161,7 +172,7 @@ def full_pass(
     whole = max(num_labels - 1, 0) // chunk_size
     start = whole * chunk_size
     # The last chunk, which may be smaller, comes first: the sums of the loop start from its own.
-    rows, parts = chunk_pass(operands, wanted, offset, start, num_labels - start)
+    rows, parts = chunk_pass(operands, with_gradients, offset, start, num_labels - start)
     if not whole:
         return rows, parts
     empty = {
@@ -176,11 +187,11 @@ def full_pass(
         carry: tuple[jax.Array, Gradients], start: jax.Array
     ) -> tuple[tuple[jax.Array, Gradients], None]:
         rows, gradients = carry
-        more, parts = chunk_pass(operands, wanted, offset, start, chunk_size)
+        more, parts = chunk_pass(operands, with_gradients, offset, start, chunk_size)
         gradients = {name: put(gradients, name, part, start) for name, part in parts.items()}
         return (rows + more, gradients), None
 
-    starts = jnp.arange(whole) * chunk_size
+    starts = jnp.arange(whole, dtype=jnp.int32) * chunk_size
     (rows, gradients), _ = jax.lax.scan(step, (rows, gradients), starts)
     return rows, gradients
 
@@ -191,37 +202,31 @@ class OneDevice:
 
     chunk_size: int
 
-    def place(self, operands: Operands) -> Operands:
-        """The operands where `run` takes them."""
-        return operands
-
-    def run(self, operands: Operands, wanted: Wanted) -> tuple[jax.Array, Gradients]:
-        return full_pass(operands, wanted, self.chunk_size)
-
-
-def split_primals(primals: Any) -> tuple[Operands, Wanted]:
-    """The operands, and the names of those whose gradient takes work."""
-    values: list[Any] = [None if primal is None else primal.value for primal in primals]
-    wanted = [
-        name
-        for name, primal in zip(Operands._fields, primals, strict=True)
-        if name != "scale" and primal is not None and primal.perturbed
-    ]
-    return Operands(*values), tuple(wanted)
+    def run(self, operands: Operands, with_gradients: bool) -> tuple[jax.Array, Gradients]:
+        return full_pass(operands, with_gradients, self.chunk_size)
 
 
 def scaled_sum(rows: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(scale == 0, 0, rows * scale))
 
 
-def cotangents(gradients: Gradients, g: jax.Array | None = None) -> tuple[Operands]:
-    """One per operand, None for 0; multiplied by `g`."""
-    if g is not None:
-        gradients = {
-            name: (g * gradient.astype(g.dtype)).astype(gradient.dtype)
-            for name, gradient in gradients.items()
-        }
-    values: list[Any] = [gradients.get(name) for name in Operands._fields]
+# The residuals of the rules below have one structure, whatever is differentiated: JAX shares it
+# between all calls of a compiled function. What is computed for an operand that is not
+# differentiated, the compiler removes.
+
+
+def empty_operands(operands: Operands) -> Operands:
+    """Residuals that tell the dtypes of the operands and keep none of them."""
+    empty: Operands = jax.tree.map(lambda operand: jnp.zeros(0, operand.dtype), operands)
+    return empty
+
+
+def cotangents(gradients: Gradients, operands: Operands) -> tuple[Operands]:
+    """One per operand, in its dtype; None for what has no gradient."""
+    given = {
+        name: gradient.astype(getattr(operands, name).dtype) for name, gradient in gradients.items()
+    }
+    values: list[Any] = [given.get(name) for name in Operands._fields]
     return (Operands(*values),)
 
 
@@ -230,26 +235,26 @@ def cotangents(gradients: Gradients, g: jax.Array | None = None) -> tuple[Operan
 
 
 def total_loss_impl(how: OneDevice, operands: Operands) -> jax.Array:
-    rows, _ = how.run(operands, ())
+    rows, _ = how.run(operands, False)
     return scaled_sum(rows, operands.scale)
 
 
-def total_loss_fwd(how: OneDevice, primals: Any) -> tuple[jax.Array, Gradients]:
-    operands, wanted = split_primals(primals)
-    rows, gradients = how.run(operands, wanted)
+def total_loss_fwd(how: OneDevice, operands: Operands) -> tuple[jax.Array, Any]:
+    rows, gradients = how.run(operands, True)
     scale = operands.scale
     gradients["scale"] = jnp.where((scale == 0) & ~jnp.isfinite(rows), 0, rows)
-    if "features" in wanted:
-        gradients["features"] = gradients["features"].astype(operands.features.dtype)
-    return scaled_sum(rows, scale), gradients
+    gradients["features"] = gradients["features"].astype(gradient_dtype(operands.features))
+    return scaled_sum(rows, scale), (gradients, empty_operands(operands))
 
 
-def total_loss_bwd(how: OneDevice, gradients: Gradients, g: jax.Array) -> tuple[Operands]:
-    return cotangents(gradients, g)
+def total_loss_bwd(how: OneDevice, residuals: Any, g: jax.Array) -> tuple[Operands]:
+    gradients, operands = residuals
+    scaled = {name: g * gradient.astype(g.dtype) for name, gradient in gradients.items()}
+    return cotangents(scaled, operands)
 
 
 total_loss = jax.custom_vjp(total_loss_impl, nondiff_argnums=(0,))
-total_loss.defvjp(total_loss_fwd, total_loss_bwd, symbolic_zeros=True)
+total_loss.defvjp(total_loss_fwd, total_loss_bwd)
 
 
 # row_losses = the loss of each row, `scale` apart. The cotangent of each row is its scale in the
@@ -257,32 +262,30 @@ total_loss.defvjp(total_loss_fwd, total_loss_bwd, symbolic_zeros=True)
 
 
 def row_losses_impl(how: OneDevice, operands: Operands) -> jax.Array:
-    return how.run(operands, ())[0]
+    return how.run(operands, False)[0]
 
 
-def row_losses_fwd(how: OneDevice, primals: Any) -> tuple[jax.Array, Any]:
-    operands, wanted = split_primals(primals)
-    # The names as a structure without leaves: residuals hold arrays only.
-    return row_losses_impl(how, operands), (operands, dict.fromkeys(wanted, ()))
+def row_losses_fwd(how: OneDevice, operands: Operands) -> tuple[jax.Array, Operands]:
+    return row_losses_impl(how, operands), operands
 
 
-def row_losses_bwd(how: OneDevice, residuals: Any, g: jax.Array) -> tuple[Operands]:
-    operands, wanted = residuals
-    _, gradients = how.run(operands._replace(scale=g), tuple(wanted))
-    if "features" in wanted:
-        gradients["features"] = gradients["features"].astype(operands.features.dtype)
-    return cotangents(gradients)
+def row_losses_bwd(how: OneDevice, operands: Operands, g: jax.Array) -> tuple[Operands]:
+    _, gradients = how.run(operands._replace(scale=g), True)
+    return cotangents(gradients, operands)
 
 
 row_losses = jax.custom_vjp(row_losses_impl, nondiff_argnums=(0,))
-row_losses.defvjp(row_losses_fwd, row_losses_bwd, symbolic_zeros=True)
+row_losses.defvjp(row_losses_fwd, row_losses_bwd)
 
 
 def default_chunk_size(batch: int, num_labels: int) -> int:
     """All labels where one chunk is faster than several, else a good part of them.
 
-    On a CPU that is one whose logits stay in the cache; elsewhere larger products are faster.
+    On a CPU that is one whose logits stay in the cache; elsewhere larger products are faster. Where
+    the batch is symbolic (`jax.export`), the smallest.
     """
+    if not isinstance(batch, int):
+        return min(num_labels, 512)
     cells, most = (2**19, 2048) if jax.default_backend() == "cpu" else (2**23, 2**15)
     chunk_size = min(max(cells // max(batch, 1) // 128 * 128, 512), most)
     return num_labels if num_labels <= 2 * chunk_size else chunk_size
@@ -316,6 +319,6 @@ def top_k_pass(
         return (values, jnp.take_along_axis(ids, order, axis=1)), None
 
     # The first chunk also takes the labels left over; it holds at least k.
-    starts = first + jnp.arange(whole) * chunk_size
+    starts = first + jnp.arange(whole, dtype=jnp.int32) * chunk_size
     best, _ = jax.lax.scan(step, best_of(0, first), starts)
     return best

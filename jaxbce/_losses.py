@@ -1,13 +1,38 @@
 """Public elementwise losses: check, prepare the labels, apply the kernel, reduce."""
 
-import functools
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from jaxbce import _checks, _kernels, _labels, _reduce
+from jaxbce import _checks, _kernels, _labels, _placement, _reduce
+
+
+@dataclasses.dataclass(frozen=True)
+class Elementwise:
+    """A loss of one score and one label, as everything else takes it."""
+
+    kernel: _kernels.Kernel  # of the score, the label and the parameters
+    extent: Callable[..., jax.Array]  # of the same; not finite where the loss is not
+    parameters: tuple[str, ...] = ()  # the names of the arguments that may differ by label
+    scores: str = "logits"  # the name of the scores
+
+
+def extent_of_logits(x: jax.Array, y: jax.Array, q: jax.Array | None = None) -> jax.Array:
+    return x + y if q is None else (x + y) * jnp.maximum(_kernels.annihilate(y, q), 1)
+
+
+def extent_of_probs(p: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.sqrt(p * (1 - p)) + y  # NaN outside [0, 1]
+
+
+BCE = Elementwise(_kernels.bce_with_logits, extent_of_logits, ("pos_weight",))
+BCE_FORWARD = Elementwise(_kernels.bce_with_logits_forward, extent_of_logits, ("pos_weight",))
+BCE_OF_PROBS = Elementwise(_kernels.bce, extent_of_probs, scores="probs")
 
 
 def bce_with_logits(
@@ -77,13 +102,14 @@ def bce_with_logits(
     """
     return evaluate(
         "bce_with_logits",
-        _kernels.bce_with_logits_forward if forward_mode else _kernels.bce_with_logits,
-        (logits, labels),
-        {"pos_weight": pos_weight},
-        weight,
-        label_smoothing,
-        where,
-        reduction,
+        BCE_FORWARD if forward_mode else BCE,
+        logits,
+        labels,
+        parameters=(pos_weight,),
+        weight=weight,
+        label_smoothing=label_smoothing,
+        where=where,
+        reduction=reduction,
     )
 
 
@@ -138,13 +164,14 @@ def sigmoid_binary_cross_entropy(
     """
     return evaluate(
         "sigmoid_binary_cross_entropy",
-        _kernels.bce_with_logits_forward if forward_mode else _kernels.bce_with_logits,
-        (logits, labels),
-        {"pos_weight": pos_weight},
-        weight,
-        label_smoothing,
-        where,
-        "none",
+        BCE_FORWARD if forward_mode else BCE,
+        logits,
+        labels,
+        parameters=(pos_weight,),
+        weight=weight,
+        label_smoothing=label_smoothing,
+        where=where,
+        reduction="none",
     )
 
 
@@ -202,13 +229,14 @@ def sparse_bce_with_logits(
     """
     return evaluate(
         "sparse_bce_with_logits",
-        _kernels.bce_with_logits,
-        (logits, positives),
-        {"pos_weight": pos_weight},
-        weight,
-        label_smoothing,
-        where,
-        reduction,
+        BCE,
+        logits,
+        positives,
+        parameters=(pos_weight,),
+        weight=weight,
+        label_smoothing=label_smoothing,
+        where=where,
+        reduction=reduction,
         sparse=True,
     )
 
@@ -264,78 +292,92 @@ def bce(
 
     Source: PyTorch's `BCELoss`, whose clamps it shares.
     """
-    return evaluate("bce", _kernels.bce, (probs, labels), {}, weight, 0.0, where, reduction)
+    return evaluate(
+        "bce", BCE_OF_PROBS, probs, labels, weight=weight, where=where, reduction=reduction
+    )
 
 
 def evaluate(
     name: str,
-    kernel: _kernels.Kernel,
-    inputs: tuple[ArrayLike, ArrayLike],
-    parameters: dict[str, ArrayLike | None],
-    weight: ArrayLike | None,
-    label_smoothing: ArrayLike,
-    where: ArrayLike | None,
-    reduction: str,
+    loss: Elementwise,
+    scores: ArrayLike,
+    labels: ArrayLike,
+    *,
+    parameters: tuple[ArrayLike | None, ...] = (),
+    weight: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    where: ArrayLike | None = None,
+    reduction: str = "mean",
     sparse: bool = False,
 ) -> jax.Array:
     """Checks what does not need an array, then makes one cached, compiled call."""
     _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
-    smoothing = _checks.fraction_or_none(name, "label_smoothing", label_smoothing)
-    loss: jax.Array = evaluate_arrays(
-        *inputs,
-        parameters,
-        weight,
-        smoothing,
-        where,
-        name=name,
-        kernel=kernel,
-        reduction=reduction,
-        sparse=sparse,
+    arrays = _checks.admit(
+        name,
+        **{loss.scores: scores, "positives" if sparse else "labels": labels},
+        **dict(zip(loss.parameters, parameters, strict=True)),
+        weight=weight,
+        label_smoothing=_checks.fraction_or_none(name, "label_smoothing", label_smoothing),
+        where=where,
     )
-    return loss
+    result: jax.Array = evaluate_arrays(
+        *arrays, name=name, loss=loss, reduction=reduction, sparse=sparse
+    )
+    return result
 
 
-@functools.partial(jax.jit, static_argnames=("name", "kernel", "reduction", "sparse"))
+def result_spec(scores: Any, *others: Any, reduction: str, **_: Any) -> PartitionSpec:
+    return _placement.common_spec(scores, *others) if reduction == "none" else PartitionSpec()
+
+
+@_placement.compiled("name", "loss", "reduction", "sparse", result=result_spec)
 def evaluate_arrays(
     scores: Any,
     labels: Any,
-    parameters: dict[str, Any],
-    weight: Any,
-    label_smoothing: Any,
-    where: Any,
-    *,
+    *options: Any,
     name: str,
-    kernel: _kernels.Kernel,
+    loss: Elementwise,
     reduction: str,
     sparse: bool,
 ) -> jax.Array:
-    check = _checks.Arguments(name, "probs" if kernel is _kernels.bce else "logits", scores)
-    x = check.scores
-    if sparse:
-        ids = check.positives(labels)
-        # XLA on a CPU fuses the conversion of bfloat16 into the loss, not that of bool or uint8.
-        labels = _labels.scatter_ones(ids, check.shape[-1], jnp.bfloat16)
-    y = check.labels(labels)
-    extras = [check.broadcast(argument, values) for argument, values in parameters.items()]
-    weight = check.broadcast("weight", weight)
-    where = check.mask(where)
+    *parameters, weight, label_smoothing, where = options
+    x = _checks.floating(name, loss.scores, scores)
+    dtype, shape = _kernels.accumulator(x), x.shape
+    x = x.astype(dtype)
+    where = _checks.mask(name, where, loss.scores, shape)
 
-    # Not finite where the loss is not: a probability outside [0, 1] gives NaN, a large logit times
-    # pos_weight may overflow.
-    bound = y + (jnp.sqrt(x * (1 - x)) if kernel is _kernels.bce else x)
-    for extra in extras:
-        bound = bound if extra is None else bound * jnp.maximum(extra, 1)
-    keep = _reduce.kept(bound, weight, where)
-    if check.scores_name == "probs":
-        check.unit_interval("probs", x, keep)
-    check.unit_interval("labels", y, keep)
-    if label_smoothing is not None:
-        a = check.number("label_smoothing", label_smoothing)
-        check.unit_interval("label_smoothing", a)
-        y = y * (1 - a) + a / 2
+    def broadcast(argument: str, values: Any) -> jax.Array | None:
+        if values is None:
+            return None
+        return _checks.broadcast(name, argument, values, loss.scores, shape).astype(dtype)
+
+    weight = broadcast("weight", weight)
+    extras = [broadcast(*pair) for pair in zip(loss.parameters, parameters, strict=True)]
+    counted = _reduce.counted(weight, where)
+    if sparse:
+        y = _labels.labels_of(name, labels, shape, counted)
+    else:
+        y = _checks.real(name, "labels", labels)
+        if y.shape != shape:
+            raise ValueError(
+                f"{name}: labels must have the shape of {loss.scores}, got labels {y.shape} and "
+                f"{loss.scores} {shape}; nothing is broadcast, so reshape one of them, for example "
+                "with labels[:, None]"
+            )
+    y = y.astype(dtype)
+    if loss.scores == "probs":
+        _checks.check_unit_interval(name, "probs", x, counted)
+    _checks.check_unit_interval(name, "labels", y, counted)
+
+    keep = _reduce.kept(loss.extent(x, y, *extras), weight, where)
     if keep is not None:
-        # Before the kernel, so that no NaN reaches a gradient.
-        x = jnp.where(keep, x, 0)
-        y = jnp.where(keep, y, 0)
-    loss = _kernels.over(kernel, x.ndim)(x, y, *extras)
-    return _reduce.reduce_loss(loss, weight, keep, where, reduction)
+        # Before anything is computed of them, so that no NaN reaches a gradient.
+        x, y = jnp.where(keep, x, 0), jnp.where(keep, y, 0)
+        extras = [None if extra is None else jnp.where(keep, extra, 1) for extra in extras]
+        weight = None if weight is None else jnp.where(keep, weight, 0)
+    if label_smoothing is not None:
+        a = _checks.number(name, "label_smoothing", label_smoothing).astype(dtype)
+        _checks.check_unit_interval(name, "label_smoothing", a)
+        y = y * (1 - a) + a / 2
+    values = _kernels.over(loss.kernel, x.ndim)(x, y, *extras)
+    return _reduce.reduce_loss(values, weight, keep, where, reduction)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jaxbce import _checks, _reduce
@@ -91,6 +91,6 @@ class BCEWithLogitsLoss:
 
 def _describe(value: object) -> str:
     """An array by its dtype and shape, anything else by its repr."""
-    if isinstance(value, _checks.ARRAY_TYPES) and jnp.ndim(value):
-        return f"{jnp.result_type(value)}{list(jnp.shape(value))}"
+    if isinstance(value, (jax.Array, np.ndarray)) and value.ndim:
+        return f"{value.dtype}{list(value.shape)}"
     return repr(value)

@@ -1,11 +1,19 @@
 """Weight, where and reduction: the one place where a divisor is defined."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 REDUCTIONS = ("mean", "sum", "batchmean", "none")
+
+
+def counted(weight: jax.Array | None, where: jax.Array | None) -> jax.Array | None:
+    """Where an element is neither masked nor of weight 0; None for everywhere."""
+    if weight is None:
+        return where
+    return weight != 0 if where is None else (weight != 0) & where
 
 
 def kept(values: jax.Array, weight: jax.Array | None, where: jax.Array | None) -> jax.Array | None:
@@ -18,6 +26,11 @@ def kept(values: jax.Array, weight: jax.Array | None, where: jax.Array | None) -
         return where
     keep = (weight != 0) | jnp.isfinite(values)
     return keep if where is None else keep & where
+
+
+def as_float(size: Any, dtype: Any) -> jax.Array:
+    """A number of elements: as an int it may overflow, or be symbolic (`jax.export`)."""
+    return jnp.asarray(float(size) if isinstance(size, int) else size, dtype)
 
 
 def reduce_loss(
@@ -46,7 +59,9 @@ def reduce_loss(
     if reduction == "none":
         return loss
     total = jnp.sum(loss)
-    return total / max(math.prod(units), 1) if where is None and divided else total
+    if where is None and divided:
+        return total / as_float(max(math.prod(units), 1), loss.dtype)
+    return total
 
 
 def count_kept(
@@ -55,7 +70,13 @@ def count_kept(
     """How many of the `units` that `where` stands for it keeps, without broadcasting it."""
     if per_row and where.ndim:
         where = jnp.any(where, axis=-1)
-    # float32 is exact up to 2^24 and, of int8, needs no copy of the mask on a CPU; int32 overflows.
-    counter = jnp.int32 if 2**24 < where.size < 2**31 else jnp.float32
-    count = jnp.sum(where.astype(jnp.int8), dtype=counter)
-    return count.astype(dtype) * (math.prod(units) // max(where.size, 1))
+    repeats = [size for own, size in zip(where.shape, units, strict=True) if own != size]
+    return count_true(where, dtype) * as_float(math.prod(repeats), dtype)
+
+
+def count_true(where: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The number of True elements, of which there may be more than an int32 counts."""
+    if isinstance(where.size, int) and where.size <= 2**24:
+        # Exact in float32, and of int8 it needs no copy of the mask on a CPU.
+        return jnp.sum(where.astype(jnp.int8), dtype=jnp.float32).astype(dtype)
+    return jnp.sum(jnp.sum(where, axis=-1, dtype=jnp.int32).astype(dtype))

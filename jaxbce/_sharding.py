@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxbce import _checks, _linear
 
@@ -30,28 +30,16 @@ class OnMesh(_linear.OneDevice):
             "scale": PartitionSpec(batch),
         }
 
-    def place(self, operands: _linear.Operands) -> _linear.Operands:
-        """On a mesh of explicit axes, whose types tell how arrays are sharded, as `run` takes them.
-
-        An automatic mesh needs nothing: the compiler sees to it.
-        """
-        if AxisType.Explicit not in self.mesh.axis_types:
-            return operands
-        placed: list[Any] = [
-            None if array is None else jax.reshard(array, NamedSharding(self.mesh, spec))
-            for array, spec in zip(operands, self.specs().values(), strict=True)
-        ]
-        return _linear.Operands(*placed)
-
     def run(
-        self, operands: _linear.Operands, wanted: _linear.Wanted
+        self, operands: _linear.Operands, with_gradients: bool
     ) -> tuple[jax.Array, _linear.Gradients]:
         specs = self.specs()
         given: list[Any] = [
             None if array is None else specs[name] for name, array in operands._asdict().items()
         ]
         row_spec = specs["scale"]
-        gradient_specs = {name: specs[name] for name in wanted}
+        names = _linear.differentiable(operands) if with_gradients else ()
+        gradient_specs = {name: specs[name] for name in names}
 
         def total(part: jax.Array, spec: PartitionSpec) -> jax.Array:
             """The sum over the axes of the mesh that split the work but not the result."""
@@ -61,7 +49,7 @@ class OnMesh(_linear.OneDevice):
         def local(operands: _linear.Operands) -> tuple[jax.Array, _linear.Gradients]:
             shard = 0 if self.label_axis is None else jax.lax.axis_index(self.label_axis)
             offset = shard * operands.kernel.shape[1]
-            rows, gradients = _linear.full_pass(operands, wanted, self.chunk_size, offset)
+            rows, gradients = _linear.full_pass(operands, with_gradients, self.chunk_size, offset)
             totals = {name: total(part, specs[name]) for name, part in gradients.items()}
             return total(rows, row_spec), totals
 
@@ -75,43 +63,58 @@ class OnMesh(_linear.OneDevice):
         return result
 
 
-def choose_devices(
-    name: str,
-    sizes: tuple[int, int],
-    chunk_size: int | None,
-    mesh: Mesh | None,
-    axes: dict[str, str | None],
-) -> _linear.OneDevice:
-    """How to run over the given numbers of rows and labels.
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """What a user says of chunks and devices; `over` makes of it how a pass is run."""
 
-    `axes`: the arguments that name the axes of the mesh for rows and, if there is a second, labels.
-    """
-    if chunk_size is not None:
-        _checks.check_size(name, "chunk_size", chunk_size)
-    batch_axis, label_axis = (*axes.values(), None, None)[:2]
-    if (mesh is None) != (batch_axis is None and label_axis is None):
-        raise ValueError(f"{name}: mesh and {' or '.join(axes)} go together, got only one of them")
-    rows, labels = sizes
-    if mesh is not None:
-        for (argument, axis), size in zip(axes.items(), sizes, strict=False):
-            if axis is not None:
-                _check_axis(name, argument, axis, mesh, size)
-        rows //= mesh.shape.get(batch_axis, 1)
-        labels //= mesh.shape.get(label_axis, 1)
-    chunk_size = max(min(chunk_size or _linear.default_chunk_size(rows, labels), labels), 1)
-    if mesh is None:
-        return _linear.OneDevice(chunk_size)
-    return OnMesh(chunk_size, mesh, batch_axis, label_axis)
+    chunk_size: int | None
+    mesh: Mesh | None
+    axes: tuple[tuple[str, str | None], ...]  # of rows and, if there is a second, labels
 
+    @classmethod
+    def named(
+        cls, name: str, chunk_size: int | None, mesh: Mesh | None, **axes: str | None
+    ) -> "Devices":
+        """`axes`: the arguments that name the axes of the mesh for rows and labels."""
+        if chunk_size is not None:
+            _checks.check_size(name, "chunk_size", chunk_size)
+        given = [axis for axis in axes.values() if axis is not None]
+        if (mesh is None) != (not given):
+            raise ValueError(
+                f"{name}: mesh and {' or '.join(axes)} go together, got only one of them"
+            )
+        if len(set(given)) < len(given):
+            raise ValueError(
+                f"{name}: {' and '.join(axes)} must be two axes of the mesh, got {given[0]!r} for "
+                "both; devices cannot share rows and labels at once, so pass one of them"
+            )
+        for argument, axis in axes.items():
+            if axis is not None and mesh is not None and axis not in mesh.shape:
+                raise ValueError(
+                    f"{name}: {argument} must be an axis of the mesh, one of "
+                    f"{', '.join(map(str, mesh.shape))}, got {axis!r}"
+                )
+        return cls(chunk_size, mesh, tuple(axes.items()))
 
-def _check_axis(name: str, argument: str, axis: str, mesh: Mesh, size: int) -> None:
-    if axis not in mesh.shape:
-        raise ValueError(
-            f"{name}: {argument} must be an axis of the mesh, one of "
-            f"{', '.join(map(str, mesh.shape))}, got {axis!r}"
-        )
-    if size % mesh.shape[axis]:
-        raise ValueError(
-            f"{name}: {argument} {axis!r} has {mesh.shape[axis]} devices, which does not divide "
-            f"the size {size} that it shards; pad to a multiple or use another mesh"
-        )
+    def over(self, name: str, rows: int, labels: int) -> _linear.OneDevice:
+        """How to run over so many rows and labels."""
+        axes = []
+        sizes = [rows, labels]
+        for i, (argument, axis) in enumerate(self.axes):
+            devices = 1 if self.mesh is None or axis is None else self.mesh.shape[axis]
+            if sizes[i] % devices:
+                raise ValueError(
+                    f"{name}: {argument} {axis!r} has {devices} devices, which does not divide the "
+                    f"size {sizes[i]} that it shards; pad to a multiple or use another mesh"
+                )
+            sizes[i] //= devices
+            # Over one device nothing is reduced.
+            axes.append(axis if devices > 1 else None)
+        chunk_size = self.chunk_size or _linear.default_chunk_size(*sizes)
+        chunk_size = max(min(chunk_size, sizes[1]), 1)
+        if self.mesh is None or not any(axes):
+            return _linear.OneDevice(chunk_size)
+        batch_axis, label_axis = (*axes, None)[:2]
+        kinds = (AxisType.Auto,) * len(self.mesh.axis_names)
+        mesh = Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=kinds)
+        return OnMesh(chunk_size, mesh, batch_axis, label_axis)

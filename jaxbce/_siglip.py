@@ -1,6 +1,5 @@
 """The pairwise sigmoid loss of two sets of embeddings: a head whose kernel is one of them."""
 
-import functools
 from typing import Any
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from jaxbce import _checks, _linear, _sharding
+from jaxbce import _checks, _kernels, _linear, _placement, _reduce, _sharding
 
 
 def siglip_loss(
@@ -63,56 +62,49 @@ def siglip_loss(
 
     Source: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training".
     """
-    loss: jax.Array = _siglip(
-        image_embeddings,
-        text_embeddings,
-        log_scale,
-        bias,
-        chunk_size=chunk_size,
-        mesh=mesh,
-        axis=axis,
+    name = "siglip_loss"
+    devices = _sharding.Devices.named(name, chunk_size, mesh, axis=axis)
+    arrays = _checks.admit(
+        name,
+        image_embeddings=image_embeddings,
+        text_embeddings=text_embeddings,
+        log_scale=log_scale,
+        bias=bias,
     )
+    loss: jax.Array = _siglip(*arrays, name=name, devices=devices)
     return loss
 
 
-@functools.partial(jax.jit, static_argnames=("chunk_size", "mesh", "axis"))
+@_placement.compiled("name", "devices", result=_placement.replicated)
 def _siglip(
     image_embeddings: Any,
     text_embeddings: Any,
     log_scale: Any,
     bias: Any,
     *,
-    chunk_size: int | None,
-    mesh: Mesh | None,
-    axis: str | None,
+    name: str,
+    devices: _sharding.Devices,
 ) -> jax.Array:
-    name = "siglip_loss"
-    images = _checks.check_array(name, "image_embeddings", image_embeddings, floating=True)
+    images = _checks.floating(name, "image_embeddings", image_embeddings)
     if images.ndim != 2:
         raise ValueError(
             f"{name}: image_embeddings must have shape (batch, width), got {images.shape}"
         )
-    texts = _checks.check_array(
-        name,
-        "text_embeddings",
-        text_embeddings,
-        floating=True,
-        shape=images.shape,
-        axes="(batch, width)",
-    )
-    log_scale = _checks.check_array(name, "log_scale", log_scale, shape=(), axes="()")
-    bias = _checks.check_array(name, "bias", bias, shape=(), axes="()")
-    dtype = _linear.accumulator(images, texts)
+    texts = _checks.floating(name, "text_embeddings", text_embeddings)
+    texts = _checks.shaped(name, "text_embeddings", texts, images.shape, "(batch, width)")
+    log_scale = _checks.number(name, "log_scale", log_scale)
+    bias = _checks.number(name, "bias", bias)
+    dtype = _kernels.accumulator(images, texts)
     batch = images.shape[0]
-    how = _sharding.choose_devices(name, (batch, batch), chunk_size, mesh, {"axis": axis})
     operands = _linear.Operands(
         features=images.astype(dtype) * jnp.exp(log_scale.astype(dtype)),
         kernel=texts.T,
         bias=jnp.broadcast_to(bias.astype(dtype), batch),
-        positives=jnp.arange(batch)[:, None],
+        positives=jnp.arange(batch, dtype=jnp.int32)[:, None],
         labels=None,
         pos_weight=None,
         label_smoothing=None,
-        scale=jnp.full(batch, 1 / max(batch, 1), dtype),
+        scale=jnp.full(batch, 1 / _reduce.as_float(max(batch, 1), dtype)),
     )
-    return _linear.total_loss(how, how.place(operands))
+    how = devices.over(name, batch, batch)
+    return _linear.total_loss(how, _placement.vary_together(operands))

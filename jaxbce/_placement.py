@@ -1,0 +1,100 @@
+"""Where arrays live: on meshes whose types say how arrays are sharded, and in `jax.shard_map`."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+Arrays = TypeVar("Arrays")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _explicit_axes(mesh: AbstractMesh) -> tuple[str, ...]:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+
+
+def _explicit_mesh(arrays: Any) -> AbstractMesh | None:
+    """The mesh with explicit axes that the types of the arrays, or the context, speak of."""
+    leaves = [leaf for leaf in jax.tree.leaves(arrays) if isinstance(leaf, jax.Array)]
+    meshes = [jax.typeof(array).sharding.mesh for array in leaves]
+    meshes.append(jax.sharding.get_abstract_mesh())
+    return next((mesh for mesh in meshes if _explicit_axes(mesh)), None)
+
+
+def common_spec(*arrays: jax.Array | None) -> PartitionSpec:
+    """The axes over which the first array is sharded, and where it is not, the next ones.
+
+    The others broadcast to the shape of the first.
+    """
+    first = arrays[0]
+    assert first is not None
+    spec: list[Any] = [None] * first.ndim
+    for array in arrays:
+        if array is not None and array.ndim <= first.ndim:
+            own = jax.typeof(array).sharding.spec
+            for axis, names in zip(range(-array.ndim, 0), own, strict=True):
+                # An axis of the mesh shards one axis of an array; one of several names is rare.
+                if spec[axis] is None and names not in spec:
+                    spec[axis] = names
+    return PartitionSpec(*spec)
+
+
+def replicated(*_: Any, **__: Any) -> PartitionSpec:
+    """The same, and whole, on every device: for `compiled`."""
+    return PartitionSpec()
+
+
+def automatic(fn: Callable[..., Any], arrays: Any, out_specs: Any) -> Any:
+    """fn(*arrays) as on a mesh of automatic axes, with the result sharded as `out_specs` say.
+
+    On explicit axes, which `jax.make_mesh` makes by default, `jax.vmap` and a loop over slices
+    refuse arguments that are not all sharded in the same way, and indexing asks for the sharding of
+    its result. Inside, the compiler sees to all that.
+    """
+    mesh = _explicit_mesh(arrays)
+    if mesh is None:
+        return fn(*arrays)
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        out_specs,
+        is_leaf=lambda spec: isinstance(spec, PartitionSpec),
+    )
+    axes = _explicit_axes(mesh)
+    return jax.sharding.auto_axes(fn, axes=axes, out_sharding=shardings)(*arrays)
+
+
+def compiled(*static: str, result: Callable[..., Any]) -> Callable[[Function], Callable[..., Any]]:
+    """`jax.jit` of a function of arrays, by position, and `static` options, by name.
+
+    It runs `automatic`ally, with the result sharded as `result` says of the same arguments.
+    """
+
+    def decorate(fn: Function) -> Callable[..., Any]:
+        @functools.wraps(fn)
+        def run(*arrays: Any, **options: Any) -> Any:
+            out_specs = result(*arrays, **options)
+            return automatic(functools.partial(fn, **options), arrays, out_specs)
+
+        jitted: Callable[..., Any] = jax.jit(run, static_argnames=static)
+        return jitted
+
+    return decorate
+
+
+def vary_together(arrays: Arrays) -> Arrays:
+    """Inside `jax.shard_map`, the arrays as if each differed between all devices that any does.
+
+    The gradient of one that is the same on several devices is then summed over them.
+    """
+    if AxisType.Manual not in jax.sharding.get_abstract_mesh().axis_types:
+        return arrays
+    # The sum of nothing is 0, and varies over the axes that its argument varies over.
+    zero = jnp.float32(0)
+    for array in jax.tree.leaves(jax.lax.stop_gradient(arrays)):
+        zero += jnp.sum(jnp.ravel(array)[:0].astype(jnp.float32))
+    together: Arrays = jax.tree.map(lambda array: array + zero.astype(array.dtype), arrays)
+    return together

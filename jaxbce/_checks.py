@@ -61,14 +61,12 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
         # A copy: an NNX module would be left without its parameters where tracing it fails.
         args, kwargs = jax.tree.map(lambda leaf: leaf, (args, kwargs))
         for values in jax.tree.leaves((args, kwargs)):
+            _refuse_traced(values)
             _check_narrowing("checked", "an argument", values)
         with _value_checks(True):
             error, result = checkify.checkify(fn)(*args, **kwargs)
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(error)):
-            raise ValueError(
-                "checked: it goes outside of jax.jit, jax.grad and every other transformation, got "
-                "a traced call; write checked(jax.jit(fn)) or checked(jax.grad(fn))"
-            )
+        for outcome in jax.tree.leaves(error):
+            _refuse_traced(outcome)
         try:
             error.throw()
         except checkify.JaxRuntimeError as failure:
@@ -76,6 +74,14 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
         return result
 
     return with_checks
+
+
+def _refuse_traced(value: Any) -> None:
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            "checked: it goes outside of jax.jit, jax.grad and every other transformation, got a "
+            "traced call; write checked(jax.jit(fn)) or checked(jax.grad(fn))"
+        )
 
 
 def admit(name: str, **arguments: Any) -> list[Any]:

@@ -309,10 +309,11 @@ def _dense_counts(labels: Any, where: Any, *, name: str) -> tuple[jax.Array, jax
 def _sparse_counts(
     positives: Any, where: Any, *, name: str, num_labels: int
 ) -> tuple[jax.Array, jax.Array]:
-    # Sorted, a duplicate stands beside its like.
-    ids = jnp.sort(_checks.positives(name, positives, num_labels), axis=-1)
-    shape = (*ids.shape[:-1], num_labels)
+    shape = (*jnp.shape(positives)[:-1], num_labels)
     where = _checks.mask(name, where, "multi-hot labels", shape)
+    rows = None if where is None else jnp.any(where, axis=-1)
+    # Sorted, a duplicate stands beside its like.
+    ids = jnp.sort(_checks.positives(name, positives, num_labels, keep=rows), axis=-1)
     counted = jnp.diff(ids, axis=-1, prepend=-1) != 0
     if where is not None:
         # `where` is read at each id in its own shape: broadcast it would be as large as the labels.

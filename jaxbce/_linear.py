@@ -169,7 +169,7 @@ def full_pass(
     `offset` is the id of the first label of `kernel`.
     """
     num_labels = operands.kernel.shape[1]
-    whole = max(num_labels - 1, 0) // chunk_size
+    whole = 0 if num_labels == chunk_size else max(num_labels - 1, 0) // chunk_size
     start = whole * chunk_size
     # The last chunk, which may be smaller, comes first: the sums of the loop start from its own.
     rows, parts = chunk_pass(operands, with_gradients, offset, start, num_labels - start)
@@ -281,9 +281,11 @@ row_losses.defvjp(row_losses_fwd, row_losses_bwd)
 def default_chunk_size(batch: int, num_labels: int) -> int:
     """All labels where one chunk is faster than several, else a good part of them.
 
-    On a CPU that is one whose logits stay in the cache; elsewhere larger products are faster. Where
-    the batch is symbolic (`jax.export`), the smallest.
+    On a CPU that is one whose logits stay in the cache; elsewhere larger products are faster. Of
+    symbolic sizes (`jax.export`) little is known: all of so many labels, few of so many rows.
     """
+    if not isinstance(num_labels, int):
+        return num_labels
     if not isinstance(batch, int):
         return min(num_labels, 512)
     cells, most = (2**19, 2048) if jax.default_backend() == "cpu" else (2**23, 2**15)

@@ -110,6 +110,11 @@ class Devices:
             sizes[i] //= devices
             # Over one device nothing is reduced.
             axes.append(axis if devices > 1 else None)
+        if self.chunk_size is not None and not isinstance(labels, int):
+            raise ValueError(
+                f"{name}: chunk_size must be None where the number of labels is symbolic, got "
+                f"{self.chunk_size} for {labels} labels"
+            )
         chunk_size = self.chunk_size or _linear.default_chunk_size(*sizes)
         chunk_size = max(min(chunk_size, sizes[1]), 1)
         if self.mesh is None or not any(axes):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from losses import dense_losses
 
 import jaxbce
@@ -82,6 +83,168 @@ def test_label_smoothing_goes_toward_one_half(a, traced, rng):
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
+# --- what is given: arrays of numbers ------------------------------------------------------------
+
+IDS = np.array([[2], [0], [1], [2]])
+FEATURES = np.ones((4, 2), np.float32)
+KERNEL = np.ones((2, 3), np.float32)
+
+# Every function, of the one argument that a test replaces.
+CALLS = {
+    "bce_with_logits": ("labels", X, lambda v: jaxbce.bce_with_logits(X, v)),
+    "bce": ("probs", X, lambda v: jaxbce.bce(v, X)),
+    "sigmoid_focal_loss": ("logits", X, lambda v: jaxbce.sigmoid_focal_loss(v, X)),
+    "asymmetric_loss": ("weight", X, lambda v: jaxbce.asymmetric_loss(X, X, weight=v)),
+    "sparse_bce_with_logits": ("positives", IDS, lambda v: jaxbce.sparse_bce_with_logits(X, v)),
+    "linear_bce_with_logits": (
+        "kernel",
+        KERNEL,
+        lambda v: jaxbce.linear_bce_with_logits(FEATURES, v, positives=IDS),
+    ),
+    "linear_top_k": ("features", FEATURES, lambda v: jaxbce.linear_top_k(v, KERNEL, k=1)),
+    "siglip_loss": (
+        "text_embeddings",
+        FEATURES,
+        lambda v: jaxbce.siglip_loss(FEATURES, v, 0.0, 0.0),
+    ),
+    "multi_hot": ("positives", IDS, lambda v: jaxbce.multi_hot(v, 3)),
+    "positives_from_multi_hot": ("labels", X, lambda v: jaxbce.positives_from_multi_hot(v, 1)),
+    "balanced_pos_weight": ("labels", X, jaxbce.balanced_pos_weight),
+    "prior_bias": ("labels", X, jaxbce.prior_bias),
+}
+every_call = pytest.mark.parametrize(("argument", "value", "call"), CALLS.values(), ids=list(CALLS))
+
+
+class Parameter:
+    """What a library wraps around an array, such as `flax.nnx.Param`."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __jax_array__(self):
+        return jnp.asarray(self.value)
+
+
+class Series:
+    """An array of another library, such as that of pandas."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.value, dtype)
+
+
+@every_call
+def test_a_parameter_is_its_array(argument, value, call):
+    assert jax.tree.all(jax.tree.map(np.array_equal, call(Parameter(value)), call(value)))
+
+
+@every_call
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.tolist(), "or a number, got list; wrap it in jax.numpy.asarray"),
+        (Series, "or a number, got Series; wrap it in jax.numpy.asarray"),
+        (lambda v: v.astype(object), "of numbers of at most 64 bits, got dtype object; convert"),
+        (lambda v: v.astype(str), "of numbers of at most 64 bits, got dtype <U"),
+        (lambda v: v.astype(np.longdouble), "of numbers of at most 64 bits, got dtype float128"),
+        (lambda v: jax.random.key(0), "of numbers of at most 64 bits, got dtype key"),
+    ],
+    ids=["list", "pandas", "object", "text", "long double", "key"],
+)
+def test_what_is_no_array_of_numbers(argument, value, call, change, message, request):
+    name = request.node.callspec.id.rsplit("-", 1)[-1]
+    with pytest.raises(TypeError, match=f"{name}: {argument} must be an array {message}"):
+        call(change(value))
+
+
+NARROWED = {
+    "bce_with_logits": ((4, 3), lambda v: jaxbce.bce_with_logits(X + 1, v)),
+    "sparse_bce_with_logits": ((4, 1), lambda v: jaxbce.sparse_bce_with_logits(X + 1, v)),
+    "linear_bce_with_logits": (
+        (4, 1),
+        lambda v: jaxbce.linear_bce_with_logits(FEATURES, KERNEL, positives=v),
+    ),
+    "multi_hot": ((4, 1), lambda v: jaxbce.multi_hot(v, 3)),
+    "balanced_pos_weight": (
+        (4, 1),
+        lambda v: jaxbce.balanced_pos_weight(positives=v, num_labels=3),
+    ),
+}
+every_narrowed = pytest.mark.parametrize(("shape", "call"), NARROWED.values(), ids=list(NARROWED))
+
+
+@every_narrowed
+@pytest.mark.parametrize(
+    "wide",
+    [np.int64(2**32 + 1), np.int64(2**32), np.int64(-(2**63)), np.uint64(2**63 + 1)],
+    ids=["2^32 + 1", "2^32", "NaN cast to an integer", "uint64"],
+)
+def test_a_wide_integer_does_not_become_a_small_one(shape, call, wide):
+    """JAX takes the lower 32 bits, of which these are 0 or 1: a label like any other."""
+    got = call(np.full(shape, wide))
+    for small in (0, 1):
+        assert not np.array_equal(got, call(np.full(shape, small)))
+
+
+@every_narrowed
+def test_checked_names_the_wide_integer(shape, call):
+    with pytest.raises(ValueError, match=r"must be .*, got 214748364[78]"):
+        jaxbce.checked(lambda: call(np.full(shape, 2**32 + 1)))()
+
+
+def test_checked_names_the_wide_integer_that_it_is_given():
+    ids = IDS.astype(np.int64)
+    ids[2] = 2**32 + 1
+    with pytest.raises(ValueError, match=r"checked: .* holds 4294967297, which JAX"):
+        jaxbce.checked(jaxbce.sparse_bce_with_logits)(X, ids)
+    with jax.enable_x64(True), pytest.raises(ValueError, match=r"positives .* got 4294967297"):
+        jaxbce.checked(jaxbce.sparse_bce_with_logits)(X, ids)
+
+
+@pytest.mark.parametrize(
+    "number", [np.float32(7), np.float64(-1), np.array(7.0), np.int64(2), np.nan], ids=repr
+)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda a: jaxbce.bce_with_logits(X, X, label_smoothing=a),
+        lambda a: jaxbce.sparse_bce_with_logits(X, IDS, label_smoothing=a),
+        lambda a: jaxbce.linear_bce_with_logits(FEATURES, KERNEL, positives=IDS, label_smoothing=a),
+        lambda a: jaxbce.BCEWithLogitsLoss(label_smoothing=a),
+        lambda a: jaxbce.sigmoid_focal_loss(X, X, alpha=a),
+        lambda a: jaxbce.asymmetric_loss(X, X, clip=a),
+        lambda a: jaxbce.balanced_pos_weight(X, max_weight=-abs(a)),
+    ],
+    ids=["bce", "sparse", "head", "object", "alpha", "clip", "max_weight"],
+)
+def test_a_known_number_is_in_its_range(call, number):
+    with pytest.raises(ValueError, match=r"must be (in|positive)"):
+        call(number)
+
+
+def test_clip_none_says_what_turns_it_off():
+    with pytest.raises(TypeError, match=r"clip must be a number, got None; pass 0\.0"):
+        jaxbce.asymmetric_loss(X, X, clip=None)
+
+
+@pytest.mark.parametrize("argument", ["log_scale", "bias"])
+def test_siglip_loss_asks_for_one_number(argument):
+    options = {"log_scale": 0.0, "bias": 0.0} | {argument: np.ones(4, np.float32)}
+    with pytest.raises(ValueError, match=rf"siglip_loss: {argument} must be one number.*\(4,\)"):
+        jaxbce.siglip_loss(FEATURES, FEATURES, **options)
+
+
+def test_one_id_a_row_is_an_axis():
+    for call in (
+        lambda ids: jaxbce.sparse_bce_with_logits(X, ids),
+        lambda ids: jaxbce.linear_bce_with_logits(FEATURES, KERNEL, positives=ids),
+    ):
+        with pytest.raises(ValueError, match=r"positives \(4,\).*positives\[:, None\]"):
+            call(IDS[:, 0])
+
+
 # --- checked -----------------------------------------------------------------------------------
 
 
@@ -127,6 +290,72 @@ def test_checked_ignores_what_is_not_kept():
     kept = np.array([[True], [False], [True], [True]])
     jaxbce.checked(jaxbce.bce_with_logits)(X, labels, where=kept)
     jaxbce.checked(jaxbce.bce_with_logits)(X, labels, weight=kept.astype(np.float32))
+
+
+BAD_IDS = np.array([[2, -1], [0, 7], [1, -1], [-5, 0]])
+KEPT = np.array([1, 0, 1, 0], np.float32)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda keep: jaxbce.bce_with_logits(X, X + 2 * (1 - KEPT)[:, None], weight=keep[:, None]),
+        lambda keep: jaxbce.bce_with_logits(
+            X, X + 2 * (1 - KEPT)[:, None], where=keep[:, None] > 0
+        ),
+        lambda keep: jaxbce.bce(X + 2 * (1 - KEPT)[:, None], X, weight=keep[:, None]),
+        lambda keep: jaxbce.sparse_bce_with_logits(X, BAD_IDS, weight=keep[:, None]),
+        lambda keep: jaxbce.sparse_bce_with_logits(X, BAD_IDS, where=keep[:, None] > 0),
+        lambda keep: jaxbce.linear_bce_with_logits(
+            FEATURES, KERNEL, positives=BAD_IDS, weight=keep
+        ),
+        lambda keep: jaxbce.linear_bce_with_logits(
+            FEATURES, KERNEL, labels=X + 2 * (1 - KEPT)[:, None], weight=keep
+        ),
+        lambda keep: jaxbce.balanced_pos_weight(
+            positives=BAD_IDS, num_labels=3, where=keep[:, None] > 0
+        ),
+    ],
+    ids=[
+        "labels, weight",
+        "labels, where",
+        "probs, weight",
+        "sparse, weight",
+        "sparse, where",
+        "head positives, weight",
+        "head labels, weight",
+        "counts, where",
+    ],
+)
+def test_checked_ignores_what_is_masked_or_of_weight_zero(call):
+    jaxbce.checked(call)(jnp.asarray(KEPT))
+    with pytest.raises(ValueError, match=r"must be in .* got (2|7|-5)"):
+        jaxbce.checked(call)(jnp.ones(4))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [jax.jit, jax.grad, lambda fn: jax.vmap(fn), jax.checkpoint, nnx.jit, nnx.grad],
+    ids=["jit", "grad", "vmap", "checkpoint", "nnx.jit", "nnx.grad"],
+)
+def test_checked_goes_outside(transform):
+    inside = transform(lambda *args: jaxbce.checked(jaxbce.bce_with_logits)(*args))
+    with pytest.raises(ValueError, match=r"checked: it goes outside .* checked\(jax.jit\(fn\)\)"):
+        jax.jit(inside)(X, X)
+
+
+def test_checked_leaves_a_module_as_it_is():
+    """Also where the function fails because Flax does not let it change a module there."""
+    model = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+    before = np.array(model.kernel[...])
+
+    def loss(model):
+        return jaxbce.bce_with_logits(model(X), X)
+
+    jaxbce.checked(loss)(model)
+    with pytest.raises(Exception, match="different trace level"):
+        jaxbce.checked(nnx.jit(loss))(model)
+    np.testing.assert_array_equal(model.kernel[...], before)
 
 
 def test_checked_probabilities():

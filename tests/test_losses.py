@@ -540,15 +540,16 @@ def test_sharded_inputs_move_only_scalars(loss, reduction, mesh, rng):
 
 @dense_losses
 def test_explicitly_sharded_inputs(loss, rng):
-    """On the mesh that `jax.make_mesh` makes by default, with options that are not sharded."""
+    """On the mesh that a newer `jax.make_mesh` makes by default, with options on the host."""
     scores, labels = loss.draw(rng, (16, 8))
     options = {"weight": rng.random((16, 1)).astype(np.float32), "where": rng.random(8) < 0.8}
     if loss.pos_weight:
         options["pos_weight"] = rng.random(8).astype(np.float32)
     both = jax.jit(jax.value_and_grad(functools.partial(loss.call, **options)))
     expected = both(scores, labels)
+    explicit = (jax.sharding.AxisType.Explicit,) * 2
     sharding = jax.sharding.NamedSharding(
-        jax.make_mesh((4, 2), ("batch", "labels")), Spec("batch", "labels")
+        jax.make_mesh((4, 2), ("batch", "labels"), explicit), Spec("batch", "labels")
     )
     value, gradient = both(*jax.device_put((scores, labels), sharding))
     chex.assert_trees_all_close((value, gradient), expected, rtol=1e-5, atol=1e-7)

@@ -61,8 +61,8 @@ def test_plain_positives_are_ids_of_the_whole_kernel(mesh, rng):
 @every_layout
 @pytest.mark.parametrize("placed", [False, True], ids=["on one device", "on the mesh"])
 def test_explicit_axes(placed, axes, rng):
-    """What `jax.make_mesh` makes by default: types say how arrays are sharded."""
-    mesh = jax.make_mesh((2, 4), ("data", "model"))
+    """What a newer `jax.make_mesh` makes by default: types say how arrays are sharded."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), (jax.sharding.AxisType.Explicit,) * 2)
     arguments = draw(rng)
     expected = value_and_gradients(head, arguments)
     if placed:

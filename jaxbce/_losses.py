@@ -23,7 +23,7 @@ class Elementwise:
 
 
 def extent_of_logits(x: jax.Array, y: jax.Array, q: jax.Array | None = None) -> jax.Array:
-    return x + y if q is None else (x + y) * jnp.maximum(q, 1)
+    return x + y if q is None else (x + y) * jnp.maximum(jnp.abs(q), 1)
 
 
 def extent_of_probs(p: jax.Array, y: jax.Array) -> jax.Array:

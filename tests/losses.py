@@ -20,6 +20,7 @@ class Loss:
     probs: bool = False  # scores are probabilities
     forward: bool = False  # also differentiable in forward mode
     pos_weight: bool = False  # takes one
+    smoothing: bool = False  # takes label_smoothing
     symmetric: bool = True  # (x, y) is as (-x, 1 - y)
     # (value, derivative) at (+∞, 0) and at (-∞, 1)
     limits: tuple = ((np.inf, 1), (np.inf, -1))
@@ -86,29 +87,44 @@ def from_positives(scores, labels, *, reduction="mean", **options):
 
 
 LOSSES = [
-    Loss("bce_with_logits", jaxbce.bce_with_logits, oracle.bce_with_logits, pos_weight=True),
+    Loss(
+        "bce_with_logits",
+        jaxbce.bce_with_logits,
+        oracle.bce_with_logits,
+        pos_weight=True,
+        smoothing=True,
+    ),
     Loss(
         "bce_with_logits-forward_mode",
         functools.partial(jaxbce.bce_with_logits, forward_mode=True),
         oracle.bce_with_logits,
         forward=True,
         pos_weight=True,
+        smoothing=True,
     ),
     Loss(
         "bce_with_logits-pos_weight",
         functools.partial(jaxbce.bce_with_logits, pos_weight=3.5),
         functools.partial(oracle.bce_with_logits, q=3.5),
+        smoothing=True,
         symmetric=False,
         limits=((np.inf, 1), (np.inf, -3.5)),
     ),
     Loss("BCEWithLogitsLoss", configured, oracle.bce_with_logits, pos_weight=True),
-    Loss("sigmoid_binary_cross_entropy", reduced_by_hand, oracle.bce_with_logits, pos_weight=True),
+    Loss(
+        "sigmoid_binary_cross_entropy",
+        reduced_by_hand,
+        oracle.bce_with_logits,
+        pos_weight=True,
+        smoothing=True,
+    ),
     Loss(
         "sparse_bce_with_logits",
         from_positives,
         oracle.bce_with_logits,
         dense=False,
         pos_weight=True,
+        smoothing=True,
     ),
     Loss("bce", jaxbce.bce, oracle.bce, probs=True),
     focal(gamma=0.5, alpha=0.25, symmetric=False, limits=((np.inf, 0.75), (np.inf, -0.25))),

@@ -206,6 +206,28 @@ def test_a_small_weight_does_not_vanish_in_float16(rng):
     assert np.any(gradients["kernel"])
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_loss_scale_saves_the_gradients_of_float16(reduction, rng):
+    """They are rounded after the cotangent is multiplied in: of 1 / (rows · labels), all are 0."""
+    num_labels = 30_000
+    features = jnp.asarray(rng.normal(size=(4, 8)), np.float16)
+    kernel = jnp.asarray(rng.normal(size=(8, num_labels)) / 8, np.float16)
+    labels = jnp.zeros((4, num_labels), np.float16)
+
+    def scaled(features, kernel, labels):
+        rows = jaxbce.linear_bce_with_logits(features, kernel, labels=labels, reduction=reduction)
+        rows = rows if reduction == "mean" else jnp.sum(rows) / (4 * num_labels)
+        return rows * 2**16
+
+    def dense(features, kernel, labels):
+        logits = features.astype(np.float32) @ kernel.astype(np.float32)
+        return jaxbce.bce_with_logits(logits, labels) * 2**16
+
+    got, expected = (jax.grad(f, (0, 1, 2))(features, kernel, labels) for f in (scaled, dense))
+    assert np.count_nonzero(got[1]) > 0.99 * got[1].size
+    assert_close(got, expected, 1e-2)
+
+
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("name", ["kernel", "labels"])
 def test_a_gradient_wanted_alone_is_that_of_all(name, reduction, rng):

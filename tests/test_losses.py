@@ -305,6 +305,51 @@ def test_garbage_behind_a_mask_or_a_zero_weight_leaves_no_trace(loss, how, rng):
                 assert not by_option["weight"][~where].any()
 
 
+DIRTY = [
+    (loss, hidden, dirty)
+    for loss in LOSSES
+    for hidden in ("where", "weight")
+    for dirty in ("scores", "labels", "weight", "pos_weight")
+    if dirty != hidden
+    and (loss.dense or dirty != "labels")
+    and (loss.pos_weight or dirty != "pos_weight")
+]
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize(
+    ("loss", "hidden", "dirty"),
+    DIRTY,
+    ids=[f"{loss.name}-{dirty} behind {hidden}" for loss, hidden, dirty in DIRTY],
+)
+def test_what_is_masked_reaches_the_gradient_of_no_argument(loss, hidden, dirty, garbage, rng):
+    """Not that of another argument either."""
+    keep = np.array([[True, False, True]])
+    scores, labels = loss.draw(rng, (4, 3))
+    arguments = {"scores": scores, "labels": labels, "weight": np.ones((4, 3), np.float32)}
+    if loss.pos_weight:
+        arguments["pos_weight"] = np.full((4, 3), 2, np.float32)
+    if loss.smoothing:
+        arguments["label_smoothing"] = np.float32(0.1)
+    options = {}
+    if hidden == "where":
+        options["where"] = keep
+    else:
+        arguments["weight"] = arguments["weight"] * keep
+
+    def total(arguments):
+        arguments = dict(arguments)
+        return loss.total(arguments.pop("scores"), arguments.pop("labels"), **arguments, **options)
+
+    clean = jax.jit(jax.grad(total))(arguments)
+    arguments[dirty] = np.where(keep, arguments[dirty], np.float32(garbage))
+    got = jax.jit(jax.grad(total))(arguments)
+    for name, gradient in got.items():
+        own = np.broadcast_to(keep, gradient.shape) if gradient.ndim else True
+        np.testing.assert_allclose(gradient, np.where(own, clean[name], gradient), rtol=1e-6)
+        assert np.isfinite(gradient).all(), name
+
+
 @every_loss
 def test_masked_hessian_has_no_nan(loss, rng):
     scores, labels = loss.draw(rng, (4,))
@@ -352,6 +397,20 @@ def test_a_pos_weight_of_zero_annihilates(loss):
     value, gradient = jax.value_and_grad(total)(x)
     assert value == 0
     assert not gradient.any()
+
+
+@pos_weight_losses
+def test_an_infinite_pos_weight_leaves_pure_negatives_alone(loss, rng):
+    x = rng.normal(0, 3, 5).astype(np.float32)
+    zeros = np.zeros(5, np.float32)
+
+    def total(x, q):
+        return loss.total(x, zeros, pos_weight=q)
+
+    both = jax.value_and_grad(total, argnums=(0, 1))
+    value, (by_logits, by_pos_weight) = both(x, np.float32(np.inf))
+    chex.assert_trees_all_close((value, by_logits), jax.value_and_grad(total)(x, np.float32(1)))
+    assert by_pos_weight == 0
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,11 @@ def test_with_data_parallel_rows_only_the_gradient_of_kernel_and_bias_is_reduced
     assert f"[32,{num_labels // 4}]" not in text
 
 
+def test_over_one_device_nothing_is_reduced(rng):
+    one = jax.make_mesh((1, 1), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
+    assert not collectives(compiled_gradients(2**14, one, AXES["both"]).as_text())
+
+
 # --- pairs of embeddings -------------------------------------------------------------------------
 
 
@@ -183,8 +188,12 @@ def test_siglip_loss_on_a_mesh_holds_no_pairs(mesh):
         ({"batch_axis": "seven"}, "batch_axis must be an axis of the mesh, one of data, model"),
         ({}, "mesh and batch_axis or label_axis go together"),
         ({"mesh": None, "batch_axis": "data"}, "mesh and batch_axis or label_axis go together"),
+        (
+            {"batch_axis": "data", "label_axis": "data"},
+            "must be two axes of the mesh, got 'data' for",
+        ),
     ],
-    ids=["does not divide", "unknown axis", "no axis", "no mesh"],
+    ids=["does not divide", "unknown axis", "no axis", "no mesh", "one axis for both"],
 )
 def test_errors_name_the_axis(options, message, mesh):
     with pytest.raises(ValueError, match=f"linear_bce_with_logits: {message}"):

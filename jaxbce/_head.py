@@ -52,7 +52,8 @@ def linear_bce_with_logits(
         loss per row, summed over its labels. `weight` is in no divisor.
       chunk_size: number of labels at a time; None chooses, and takes all of them at once where that
         is faster.
-      mesh: devices to share the work; None uses one, or what `jax.jit` makes of sharded inputs.
+      mesh: devices to share the work, with axes of any type; None uses one, or what `jax.jit` makes
+        of sharded inputs.
       batch_axis: axis of the mesh over which features, positives, weight and the rows of labels are
         sharded; None replicates them.
       label_axis: axis of the mesh over which kernel, bias, pos_weight and the columns of labels are
@@ -65,16 +66,21 @@ def linear_bce_with_logits(
       TypeError: features, kernel or bias are not floating-point, positives not integer, or an
         argument is not an array.
       ValueError: neither or both of positives and labels are given, a shape does not fit, an axis
-        of the mesh does not exist or does not divide its size, or reduction, label_smoothing or
-        chunk_size is not valid.
+        of the mesh does not exist, is given for both or does not divide its size, the number of
+        labels is symbolic, or reduction, label_smoothing or chunk_size is not valid.
 
     Edge values: a positive outside [0, L) is padding, duplicates count once. A row of weight 0 with
     an infinite or NaN feature gives 0. Infinite logits as in `bce_with_logits`. Nothing gives 0.
 
     Differentiable: with respect to features, kernel, bias, float labels, weight, pos_weight and
     label_smoothing, each in its own dtype and shape, in reverse mode; forward over reverse and
-    reverse over reverse too. What is not differentiated costs nothing. For "none" the logits are
-    computed once more in the backward pass.
+    reverse over reverse too. Under `jax.jit`, what is not differentiated costs nothing. For "none"
+    the logits are computed once more in the backward pass. The gradient of a float16 kernel is kept
+    in float32 until it is multiplied by its cotangent: a loss scale saves what float16 would lose.
+
+    Transformations: rows belong in the leading axes of features, not under `jax.vmap`: mapped with
+    a shared kernel, each row would have a gradient of the kernel of its own, [rows, D, L] in all.
+    For one loss per row there is "none".
 
     Example:
       >>> import jax.numpy as jnp, jaxbce

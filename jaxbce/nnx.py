@@ -135,7 +135,8 @@ class MultiLabelHead(nnx.Module):
                 f"MultiLabelHead: features must have shape (..., {self.in_features}), got "
                 f"{features.shape}"
             )
-        dtype = self.dtype or jnp.promote_types(features.dtype, kernel.dtype)
+        with jax.numpy_dtype_promotion("standard"):  # a user's own setting may refuse it
+            dtype = self.dtype or jnp.promote_types(features.dtype, kernel.dtype)
         bias = None if self.bias is None else self.bias[...]
         return features.astype(dtype), kernel.astype(dtype), bias
 

@@ -8,7 +8,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from composing import CASES, HEADS
 from heads import assert_close
@@ -55,7 +54,7 @@ def stack(value):
     return jnp.stack([value, value * 0.75])
 
 
-# --- programs: (loss, arguments) -> pytree ---------------------------------------------------------
+# --- programs: (loss, arguments) -> pytree --------------------------------------------------------
 
 
 def everything(loss, arguments):

@@ -358,8 +358,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dense", action=argparse.BooleanOptionalAction, default=True, help=dense)
     add("--predict", help="print the dependencies of this description; train if there is no run")
     args = parser.parse_args(argv)
-    if args.epochs < 1 or args.seed < 0:
-        parser.error("--epochs must be at least 1 and --seed at least 0")
+    if args.epochs < 1:
+        parser.error(f"--epochs must be at least 1, got {args.epochs}")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
     return args
 
 

@@ -292,8 +292,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     workdir = "where the run is written; one that is there is overwritten"
     add("--workdir", type=Path, default=Path("runs/digits"), help=workdir)
     args = parser.parse_args(argv)
-    if args.epochs < 1 or min(args.seeds) < 0 or args.images < BATCH:
-        parser.error(f"--epochs must be at least 1, --seeds at least 0, --images at least {BATCH}")
+    if args.epochs < 1:
+        parser.error(f"--epochs must be at least 1, got {args.epochs}")
+    if not all(0 <= seed < 2**32 for seed in args.seeds):
+        parser.error(f"--seeds must be from 0 to 2**32 - 1, got {args.seeds}")
+    if args.images < BATCH:
+        parser.error(f"--images must be at least {BATCH}, got {args.images}")
     return args
 
 

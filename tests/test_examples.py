@@ -33,6 +33,41 @@ def test_help_and_readme(path):
     assert f"`{path.name}`" in (EXAMPLES / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("multilabel_yeast", "--epochs -3"),
+        ("multilabel_yeast", "--epochs 0"),
+        ("multilabel_yeast", "--seed -1"),
+        ("multilabel_yeast", "--seed 4294967296"),
+        ("multilabel_yeast_linen", "--epochs -3"),
+        ("multilabel_yeast_linen", "--epochs 0"),
+        ("multilabel_yeast_linen", "--seed -1"),
+        ("multilabel_yeast_linen", "--seed 4294967296"),
+        ("multilabel_digits", "--epochs 0"),
+        ("multilabel_digits", "--seeds 0 -1"),
+        ("multilabel_digits", "--seeds 4294967296"),
+        ("multilabel_digits", "--images 31"),
+        ("debian_dependencies", "--epochs 0"),
+        ("debian_dependencies", "--seed -1"),
+        ("debian_dependencies", "--seed 4294967296"),
+        ("distributed_head", "--steps 0"),
+        ("distributed_head", "--seed -1"),
+        ("distributed_head", "--processes 0"),
+        ("distributed_head", "--processes 3"),
+        ("distributed_head", "--process-id 2"),
+        ("distributed_head", "--process-id -1"),
+    ],
+)
+def test_meaningless_numbers_are_refused(name, options, capsys):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        load(name).main(options.split())
+    option, *values = options.split()
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: {option} must" in message
+    assert values[-1] in message.split("got")[1]
+
+
 def test_multilabel_yeast_resumes_exactly(tmp_path, capsys):
     yeast = load("multilabel_yeast")
 

@@ -20,12 +20,14 @@ a step holds at its peak (by XLA's memory analysis):
     dense optax head    0.723   0.435   0.317   27 s   201 MB
 
 Width and learning rate were chosen on another split, by another byte of the hash. Writes to the
-workdir: `names.json`, the words and labels, and an Orbax checkpoint of the last epoch; `--predict`
-needs nothing else. `--resume` continues a run bit for bit. It makes no picture.
+workdir, one run at a time: `names.json`, the words and labels, and an Orbax checkpoint of the last
+epoch; `--predict` needs nothing else. `--resume` continues a run bit for bit. It makes no picture.
 """
 
 import argparse
 import collections
+import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -33,7 +35,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -343,6 +345,20 @@ def predict(description: str, workdir: Path) -> list[tuple[str, float]]:
     return best
 
 
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keeps other runs out of the workdir; the system frees it however this process ends."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(
+                f"Another run is at work in {workdir}: wait for it or give another --workdir."
+            ) from None
+        yield
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Learns a Debian package's dependencies from its description.",
@@ -369,14 +385,14 @@ def main(argv: Sequence[str] | None = None) -> Any:
     """Runs the program; returns what it predicts, or the precisions of the table."""
     args = parse_arguments(argv)
     started = time.perf_counter()
-    args.workdir.mkdir(parents=True, exist_ok=True)
-    with open_checkpoints(args.workdir) as checkpoints:
-        trained = checkpoints.latest_step() is not None
-    result = None
-    if args.predict is None or not trained:
-        result = compare(load(read_available(args.available)), args)
-        print(f"{time.perf_counter() - started:.1f} s; see {args.workdir}")
-    return result if args.predict is None else predict(args.predict, args.workdir)
+    with locked(args.workdir):
+        with open_checkpoints(args.workdir) as checkpoints:
+            trained = checkpoints.latest_step() is not None
+        result = None
+        if args.predict is None or not trained:
+            result = compare(load(read_available(args.available)), args)
+            print(f"{time.perf_counter() - started:.1f} s; see {args.workdir}")
+        return result if args.predict is None else predict(args.predict, args.workdir)
 
 
 if __name__ == "__main__":

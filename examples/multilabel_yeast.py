@@ -33,12 +33,14 @@ precision beside the logistic regression's.
 """
 
 import argparse
+import contextlib
+import fcntl
 import gzip
 import importlib.util
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -245,7 +247,6 @@ def train(data: Data, args: argparse.Namespace) -> tuple[list[dict[str, Any]], n
     if not args.resume:
         shutil.rmtree(directory, ignore_errors=True)
         log.unlink(missing_ok=True)
-    args.workdir.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(data, args.seed, args.pos_weight, directory)
     records = resume(trainer, log, settings) if args.resume else []
     epochs = range(len(records) + 1, args.epochs + 1)
@@ -327,6 +328,20 @@ def plot(
     figure.savefig(path, dpi=150)
 
 
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keeps other runs out of the workdir; the system frees it however this process ends."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(
+                f"Another run is at work in {workdir}: wait for it or give another --workdir."
+            ) from None
+        yield
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Trains a multi-label classifier on the yeast set with Flax NNX and jaxbce.",
@@ -353,14 +368,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Runs the program; returns the network's metrics on the test part."""
     args = parse_arguments(argv)
     started = time.perf_counter()
-    data = load_yeast()
-    records, network = train(data, args)
-    scores = {"network": network, **baseline_scores(data)}
-    results = {name: evaluate(data.test.labels, values) for name, values in scores.items()}
-    print_table(results)
-    picture = args.workdir / "yeast.png"
-    compared = {name: scores[name] for name in ("network", "logistic regression")}
-    plot(records, data.test.labels, compared, picture)
+    with locked(args.workdir):
+        data = load_yeast()
+        records, network = train(data, args)
+        scores = {"network": network, **baseline_scores(data)}
+        results = {name: evaluate(data.test.labels, values) for name, values in scores.items()}
+        print_table(results)
+        picture = args.workdir / "yeast.png"
+        compared = {name: scores[name] for name in ("network", "logistic regression")}
+        plot(records, data.test.labels, compared, picture)
     seconds = time.perf_counter() - started
     print(
         f"{seconds:.1f} s on {jax.device_count()} {jax.default_backend()} device(s); see {picture}"

@@ -68,6 +68,33 @@ def test_meaningless_numbers_are_refused(name, options, capsys):
     assert values[-1] in message.split("got")[1]
 
 
+@pytest.mark.parametrize(
+    ("name", "first_step"),
+    [
+        ("multilabel_yeast", "load_yeast"),
+        ("multilabel_digits", "load_data"),
+        ("debian_dependencies", "read_available"),
+    ],
+)
+def test_a_second_run_in_the_workdir_is_refused(name, first_step, tmp_path, monkeypatch):
+    """Until the first one ends, here by Ctrl-C: then the workdir is free."""
+    example = load(name)
+
+    def second_run_started(*_):
+        raise AssertionError
+
+    def start_a_second_run(*_):
+        monkeypatch.setattr(example, first_step, second_run_started)
+        with pytest.raises(SystemExit, match=r"Another run is at work in .*give another --workdir"):
+            example.main(["--workdir", str(tmp_path)])
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        monkeypatch.setattr(example, first_step, start_a_second_run)
+        with pytest.raises(KeyboardInterrupt):
+            example.main(["--workdir", str(tmp_path)])
+
+
 def test_multilabel_yeast_resumes_exactly(tmp_path, capsys):
     yeast = load("multilabel_yeast")
 

@@ -75,6 +75,14 @@ class Part(NamedTuple):
     positives: np.ndarray
 
 
+class Names(NamedTuple):
+    """The seed of a run, and what the rows of its checkpoint stand for."""
+
+    seed: int
+    words: list[str]
+    labels: list[str]
+
+
 class Data(NamedTuple):
     words: list[str]
     labels: list[str]
@@ -274,8 +282,14 @@ def open_checkpoints(workdir: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
 
 
-def read_names(workdir: Path) -> dict[str, Any]:
-    return json.loads((workdir / NAMES).read_text())
+def read_names(workdir: Path) -> Names:
+    try:
+        return Names(**json.loads((workdir / NAMES).read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise SystemExit(
+            f"{workdir / NAMES} is missing or broken ({error}): put that of the run back, or run "
+            "without --resume and --predict to start anew."
+        ) from None
 
 
 def restore(checkpoints: ocp.CheckpointManager, target: State) -> State:
@@ -287,17 +301,25 @@ def restore(checkpoints: ocp.CheckpointManager, target: State) -> State:
 
 def train(data: Data, args: argparse.Namespace) -> Trainer:
     """Trains the chunked head up to args.epochs; saves names once and the state every epoch."""
-    names = {"seed": args.seed, "words": data.words, "labels": data.labels}
+    names = Names(args.seed, data.words, data.labels)
     if not args.resume:
-        shutil.rmtree(args.workdir / "checkpoints", ignore_errors=True)
+        shutil.rmtree(args.workdir / "checkpoints")
+        (args.workdir / NAMES).write_text(json.dumps(names._asdict()))
     trainer = Trainer(data, args.seed, chunked_loss)
     with open_checkpoints(args.workdir) as checkpoints:
         done = checkpoints.latest_step() or 0
         if args.resume:
             if not done or read_names(args.workdir) != names:
-                raise SystemExit(f"No run of these data and this seed to resume in {args.workdir}.")
+                raise SystemExit(
+                    f"No run of these data and seed {args.seed} to resume in {args.workdir}: run "
+                    "without --resume to start anew."
+                )
+            if done > args.epochs:
+                raise SystemExit(
+                    f"The run in {args.workdir} has {done} epochs, more than --epochs "
+                    f"{args.epochs}: give --epochs {done} or more."
+                )
             trainer.set_state(restore(checkpoints, trainer.state()))
-        (args.workdir / NAMES).write_text(json.dumps(names))
         for epoch in range(done + 1, args.epochs + 1):
             trainer.train_epoch(epoch, f"chunked head, epoch {epoch}/{args.epochs}")
             parts = {name: ocp.args.StandardSave(part) for name, part in trainer.state().items()}
@@ -331,7 +353,7 @@ def compare(data: Data, args: argparse.Namespace) -> dict[str, list[float]]:
 def predict(description: str, workdir: Path) -> list[tuple[str, float]]:
     """Prints and returns the ten likeliest dependencies, by the checkpoint in workdir."""
     names = read_names(workdir)
-    words, labels = names["words"], names["labels"]
+    words, labels = names.words, names.labels
     known = pad([split_words(description)], words, fill=len(words))
     if not known.size:
         raise SystemExit(f"No word of {description!r} is in the vocabulary.")

@@ -265,6 +265,12 @@ def test_debian_dependencies_resumes_exactly_and_predicts(tmp_path, capsys):
     assert {name for name, _ in best[:2]} == {"base", "libweb"}
     assert "label frequencies" in capsys.readouterr().out
     assert run("new", "--epochs", "3", "--no-dense", *question) == best
+    with pytest.raises(SystemExit, match="has 3 epochs, more than --epochs 1: give --epochs 3"):
+        run("parts", "--resume")
+    (tmp_path / "parts" / "names.json").write_text("{")
+    for options in (question, ("--epochs", "3", "--resume")):
+        with pytest.raises(SystemExit, match=r"names.json is missing or broken .*without --resume"):
+            run("parts", *options)
 
 
 def test_debian_dependencies_says_what_it_needs(tmp_path, monkeypatch):
@@ -273,7 +279,7 @@ def test_debian_dependencies_says_what_it_needs(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="needs the package lists of a Debian or Ubuntu machine"):
         debian.main(["--workdir", str(tmp_path)])
     (tmp_path / "available").write_text(available())
-    with pytest.raises(SystemExit, match="No run of these data"):
+    with pytest.raises(SystemExit, match=r"No run of these data and seed 0 .*without --resume"):
         debian.main(
             ["--workdir", str(tmp_path), "--available", str(tmp_path / "available"), "--resume"]
         )

@@ -20,12 +20,14 @@ a step holds at its peak (by XLA's memory analysis):
     dense optax head    0.723   0.435   0.317   27 s   201 MB
 
 Width and learning rate were chosen on another split, by another byte of the hash. Writes to the
-workdir: `names.json`, the words and labels, and an Orbax checkpoint of the last epoch; `--predict`
-needs nothing else. `--resume` continues a run bit for bit. It makes no picture.
+workdir, one run at a time: `names.json`, the words and labels, and an Orbax checkpoint of the last
+epoch; `--predict` needs nothing else. `--resume` continues a run bit for bit. It makes no picture.
 """
 
 import argparse
 import collections
+import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -33,7 +35,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +73,14 @@ class Part(NamedTuple):
 
     words: np.ndarray
     positives: np.ndarray
+
+
+class Names(NamedTuple):
+    """The seed of a run, and what the rows of its checkpoint stand for."""
+
+    seed: int
+    words: list[str]
+    labels: list[str]
 
 
 class Data(NamedTuple):
@@ -272,8 +282,14 @@ def open_checkpoints(workdir: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
 
 
-def read_names(workdir: Path) -> dict[str, Any]:
-    return json.loads((workdir / NAMES).read_text())
+def read_names(workdir: Path) -> Names:
+    try:
+        return Names(**json.loads((workdir / NAMES).read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise SystemExit(
+            f"{workdir / NAMES} is missing or broken ({error}): put that of the run back, or run "
+            "without --resume and --predict to start anew."
+        ) from None
 
 
 def restore(checkpoints: ocp.CheckpointManager, target: State) -> State:
@@ -285,17 +301,25 @@ def restore(checkpoints: ocp.CheckpointManager, target: State) -> State:
 
 def train(data: Data, args: argparse.Namespace) -> Trainer:
     """Trains the chunked head up to args.epochs; saves names once and the state every epoch."""
-    names = {"seed": args.seed, "words": data.words, "labels": data.labels}
+    names = Names(args.seed, data.words, data.labels)
     if not args.resume:
-        shutil.rmtree(args.workdir / "checkpoints", ignore_errors=True)
+        shutil.rmtree(args.workdir / "checkpoints")
+        (args.workdir / NAMES).write_text(json.dumps(names._asdict()))
     trainer = Trainer(data, args.seed, chunked_loss)
     with open_checkpoints(args.workdir) as checkpoints:
         done = checkpoints.latest_step() or 0
         if args.resume:
             if not done or read_names(args.workdir) != names:
-                raise SystemExit(f"No run of these data and this seed to resume in {args.workdir}.")
+                raise SystemExit(
+                    f"No run of these data and seed {args.seed} to resume in {args.workdir}: run "
+                    "without --resume to start anew."
+                )
+            if done > args.epochs:
+                raise SystemExit(
+                    f"The run in {args.workdir} has {done} epochs, more than --epochs "
+                    f"{args.epochs}: give --epochs {done} or more."
+                )
             trainer.set_state(restore(checkpoints, trainer.state()))
-        (args.workdir / NAMES).write_text(json.dumps(names))
         for epoch in range(done + 1, args.epochs + 1):
             trainer.train_epoch(epoch, f"chunked head, epoch {epoch}/{args.epochs}")
             parts = {name: ocp.args.StandardSave(part) for name, part in trainer.state().items()}
@@ -329,7 +353,7 @@ def compare(data: Data, args: argparse.Namespace) -> dict[str, list[float]]:
 def predict(description: str, workdir: Path) -> list[tuple[str, float]]:
     """Prints and returns the ten likeliest dependencies, by the checkpoint in workdir."""
     names = read_names(workdir)
-    words, labels = names["words"], names["labels"]
+    words, labels = names.words, names.labels
     known = pad([split_words(description)], words, fill=len(words))
     if not known.size:
         raise SystemExit(f"No word of {description!r} is in the vocabulary.")
@@ -341,6 +365,20 @@ def predict(description: str, workdir: Path) -> list[tuple[str, float]]:
     for name, probability in best:
         print(f"{probability:>8.1%}  {name}")
     return best
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keeps other runs out of the workdir; the system frees it however this process ends."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(
+                f"Another run is at work in {workdir}: wait for it or give another --workdir."
+            ) from None
+        yield
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -358,8 +396,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dense", action=argparse.BooleanOptionalAction, default=True, help=dense)
     add("--predict", help="print the dependencies of this description; train if there is no run")
     args = parser.parse_args(argv)
-    if args.epochs < 1 or args.seed < 0:
-        parser.error("--epochs must be at least 1 and --seed at least 0")
+    if args.epochs < 1:
+        parser.error(f"--epochs must be at least 1, got {args.epochs}")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
     return args
 
 
@@ -367,14 +407,14 @@ def main(argv: Sequence[str] | None = None) -> Any:
     """Runs the program; returns what it predicts, or the precisions of the table."""
     args = parse_arguments(argv)
     started = time.perf_counter()
-    args.workdir.mkdir(parents=True, exist_ok=True)
-    with open_checkpoints(args.workdir) as checkpoints:
-        trained = checkpoints.latest_step() is not None
-    result = None
-    if args.predict is None or not trained:
-        result = compare(load(read_available(args.available)), args)
-        print(f"{time.perf_counter() - started:.1f} s; see {args.workdir}")
-    return result if args.predict is None else predict(args.predict, args.workdir)
+    with locked(args.workdir):
+        with open_checkpoints(args.workdir) as checkpoints:
+            trained = checkpoints.latest_step() is not None
+        result = None
+        if args.predict is None or not trained:
+            result = compare(load(read_available(args.available)), args)
+            print(f"{time.perf_counter() - started:.1f} s; see {args.workdir}")
+        return result if args.predict is None else predict(args.predict, args.workdir)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
     pip install -e ".[examples]"                   # in a clone of the repository
     python examples/distributed_head.py            # about 20 s on a 2-core CPU; --help for options
 
-Without `--process-id` it starts two processes of two virtual CPU devices each on this machine, over
-JAX's own runtime (`jax.distributed`). They form a mesh of 2 x 2: the batch is split over processes,
-the 4,096 labels over the devices of each. Every process makes only its own rows of the data. They
-train a few steps with `linear_bce_with_logits` and optax, gather loss and kernel gradient, and
-compare them with one device that sees everything.
+Without `--process-id` it starts all processes on this machine, two by default, with two virtual CPU
+devices each, over JAX's own runtime (`jax.distributed`). They form a mesh, here of 2 x 2: the batch
+is split over processes, the 4,096 labels over the devices of each. Every process makes only its
+own rows of the data. They train a few steps with `linear_bce_with_logits` and optax, gather loss
+and kernel gradient, and compare them with one device that sees everything.
 
 On a cluster start one process per host, without virtual devices:
 
@@ -98,17 +98,17 @@ def train(mesh: Mesh, seed: int, steps: int) -> None:
 
 
 def launch(args: argparse.Namespace) -> None:
-    """Runs this file once for each of two processes with two virtual devices."""
+    """Runs this file once for each process, with two virtual devices."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         coordinator = f"localhost:{probe.getsockname()[1]}"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, __file__, "--coordinator", coordinator, "--processes", "2"]
-    command += ["--seed", str(args.seed), "--steps", str(args.steps)]
+    command = [sys.executable, __file__, "--coordinator", coordinator]
+    command += [f"--processes={args.processes}", f"--seed={args.seed}", f"--steps={args.steps}"]
     processes = [
         subprocess.Popen([*command, "--process-id", str(number)], env=environment)
-        for number in range(2)
+        for number in range(args.processes)
     ]
     codes = [process.wait() for process in processes]
     if any(codes):
@@ -125,8 +125,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="decides the data")
     add("--coordinator", help="HOST:PORT of process 0")
     add("--processes", type=int, default=2, help="how many processes there are")
-    add("--process-id", type=int, help="which of them this is; without it, two are started here")
-    return parser.parse_args(argv)
+    add("--process-id", type=int, help="which of them this is; without it, all are started here")
+    args = parser.parse_args(argv)
+    if args.steps < 1:
+        parser.error(f"--steps must be at least 1, got {args.steps}")
+    if args.seed < 0:
+        parser.error(f"--seed must be at least 0, got {args.seed}")
+    if args.processes < 1 or BATCH % args.processes:
+        parser.error(f"--processes must divide the batch of {BATCH}, got {args.processes}")
+    if args.process_id is not None and not 0 <= args.process_id < args.processes:
+        last = args.processes - 1
+        parser.error(f"--process-id must be from 0 to {last}, got {args.process_id}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:

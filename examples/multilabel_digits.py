@@ -29,15 +29,18 @@ of focal loss weights positives down. At threshold 0.5 focal and asymmetric loss
 points of F1: their outputs are scores and not probabilities, so choose the threshold on validation
 data.
 
-Writes to the workdir: `metrics.jsonl` (an object per epoch), `comparison.png` (every metric, loss
-and seed) and `predictions.png` (test images over the probabilities of two of the losses).
+Writes to the workdir, one run at a time: `metrics.jsonl` (an object per epoch), `comparison.png`
+(every metric, loss and seed) and `predictions.png` (test images over the probabilities of two of
+the losses).
 """
 
 import argparse
+import contextlib
+import fcntl
 import functools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -202,7 +205,6 @@ def compare(
     losses = losses_to_compare(data.train.labels)
     results: dict[str, list[dict[str, float]]] = {name: [] for name in losses}
     scores: dict[str, np.ndarray] = {}
-    args.workdir.mkdir(parents=True, exist_ok=True)
     runs = [(seed, name) for seed in args.seeds for name in losses]
     bar = tqdm(total=len(runs) * args.epochs, desc="training", unit="epoch", disable=None)
     with bar, (args.workdir / "metrics.jsonl").open("w") as file:
@@ -279,6 +281,20 @@ def plot_predictions(test: Split, scores: dict[str, np.ndarray], path: Path) -> 
     figure.savefig(path, dpi=120)
 
 
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keeps other runs out of the workdir; the system frees it however this process ends."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(
+                f"Another run is at work in {workdir}: wait for it or give another --workdir."
+            ) from None
+        yield
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Compares four losses on images of several digits with Flax NNX and jaxbce.",
@@ -292,8 +308,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     workdir = "where the run is written; one that is there is overwritten"
     add("--workdir", type=Path, default=Path("runs/digits"), help=workdir)
     args = parser.parse_args(argv)
-    if args.epochs < 1 or min(args.seeds) < 0 or args.images < BATCH:
-        parser.error(f"--epochs must be at least 1, --seeds at least 0, --images at least {BATCH}")
+    if args.epochs < 1:
+        parser.error(f"--epochs must be at least 1, got {args.epochs}")
+    if not all(0 <= seed < 2**32 for seed in args.seeds):
+        parser.error(f"--seeds must be from 0 to 2**32 - 1, got {args.seeds}")
+    if args.images < BATCH:
+        parser.error(f"--images must be at least {BATCH}, got {args.images}")
     return args
 
 
@@ -301,12 +321,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, float]]]
     """Runs the program; returns the test metrics of every loss, one dict per seed."""
     args = parse_arguments(argv)
     started = time.perf_counter()
-    data = load_data(args.images)
-    results, scores = compare(data, args)
-    print_table(results)
-    pictures = [args.workdir / "comparison.png", args.workdir / "predictions.png"]
-    plot_comparison(results, pictures[0])
-    plot_predictions(data.test, scores, pictures[1])
+    with locked(args.workdir):
+        data = load_data(args.images)
+        results, scores = compare(data, args)
+        print_table(results)
+        pictures = [args.workdir / "comparison.png", args.workdir / "predictions.png"]
+        plot_comparison(results, pictures[0])
+        plot_predictions(data.test, scores, pictures[1])
     seconds = time.perf_counter() - started
     print(f"{seconds:.1f} s on {jax.default_backend()}; see {pictures[0]} and {pictures[1]}")
     return results

@@ -27,20 +27,23 @@ decays those with the lowest validation loss, a mean over five random splits of 
 the logistic regression by Hamming loss, micro-F1 and mAP on the same splits. A run tests the epoch
 with the lowest validation loss.
 
-Writes to the workdir: `metrics.jsonl` (an object per epoch), Orbax checkpoints of the last and the
-best epoch, and `yeast.png`: left the training and validation loss, right each label's average
-precision beside the logistic regression's.
+Writes to the workdir, one run at a time: `metrics.jsonl` (an object per epoch), Orbax checkpoints
+of the last and the best epoch, and `yeast.png`: left the training and validation loss, right each
+label's average precision beside the logistic regression's. `--resume` needs the log as well as the
+checkpoints, and refuses a log that does not fit them.
 """
 
 import argparse
+import contextlib
+import fcntl
 import gzip
 import importlib.util
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -243,17 +246,24 @@ def train(data: Data, args: argparse.Namespace) -> tuple[list[dict[str, Any]], n
     log, directory = args.workdir / "metrics.jsonl", args.workdir / "checkpoints"
     settings = {"seed": args.seed, "pos_weight": args.pos_weight}
     if not args.resume:
-        shutil.rmtree(directory, ignore_errors=True)
+        if directory.exists():
+            shutil.rmtree(directory)
         log.unlink(missing_ok=True)
-    args.workdir.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(data, args.seed, args.pos_weight, directory)
     records = resume(trainer, log, settings) if args.resume else []
+    if len(records) > args.epochs:
+        raise SystemExit(
+            f"The run in {args.workdir} has {len(records)} epochs, more than --epochs "
+            f"{args.epochs}: give --epochs {len(records)} or more."
+        )
     epochs = range(len(records) + 1, args.epochs + 1)
     progress = tqdm(epochs, "training", unit="epoch", disable=None)
     with log.open("a") as file:
         for epoch in progress:
             record = {"epoch": epoch, **settings, **trainer.train_epoch(epoch)}
             records.append(record)
+            # The epoch before is saved by now: the log is never more than one epoch ahead.
+            trainer.checkpoints.wait_until_finished()
             print(json.dumps(record), file=file, flush=True)
             state = ocp.args.StandardSave(trainer.state())
             trainer.checkpoints.save(epoch, args=state, metrics=record)
@@ -270,13 +280,62 @@ def resume(trainer: Trainer, log: Path, settings: dict[str, Any]) -> list[dict[s
     """Restores the last checkpoint, cuts the log back to it and returns the log's records."""
     last = trainer.checkpoints.latest_step()
     if last is None:
-        raise SystemExit(f"No checkpoint to resume from in {log.parent}.")
-    records = [json.loads(line) for line in log.read_text().splitlines()[:last]]
-    if any(records[-1][name] != value for name, value in settings.items()):
-        raise SystemExit(f"The run in {log.parent} has other settings than {settings}.")
-    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+        raise SystemExit(f"No checkpoint to resume from in {log.parent}: run without --resume.")
+    saved = trainer.checkpoints.metrics(last)
+    found = {name: saved[name] for name in settings}
+    if found != settings:
+        raise SystemExit(
+            f"The run in {log.parent} has {found}, not {settings}: give the options it was started "
+            "with, or run without --resume to start anew."
+        )
+    records = read_log(log, saved, settings)
+    # Written beside the log and then put in its place: on a full disk the log is not lost.
+    shortened = log.with_suffix(".new")
+    shortened.write_text("".join(json.dumps(record) + "\n" for record in records))
+    shortened.replace(log)
     trainer.restore(last)
     return records
+
+
+def read_log(log: Path, saved: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records up to `saved`, that of the last checkpoint; refuses a log that does not fit.
+
+    An epoch is logged before it is saved, so a run that was stopped can leave one line more,
+    perhaps cut short: it is left out, and its epoch is trained again.
+    """
+    last = saved["epoch"]
+
+    def refuse(found: str) -> NoReturn:
+        raise SystemExit(
+            f"{log} does not fit the checkpoint of epoch {last}: {found}. Put the log of this run "
+            "back, or run without --resume to start anew."
+        )
+
+    if not log.exists():
+        refuse("it is missing")
+    text = log.read_text(errors="replace")
+    lines = text.splitlines()
+    if len(lines) == last + 1 and not text.endswith("\n"):
+        lines.pop()
+    if len(lines) not in (last, last + 1):
+        refuse(f"it has {len(lines)} line(s)")
+    for epoch, line in enumerate(lines, 1):
+        expected = saved if epoch == last else {"epoch": epoch, **settings}
+        if not is_record(line, expected):
+            refuse(f"its line {epoch} is {line[:80]!r}")
+    return [json.loads(line) for line in lines[:last]]
+
+
+def is_record(line: str, expected: dict[str, Any]) -> bool:
+    """Whether a line of the log holds what is expected and both losses."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    match record:
+        case {"train_loss": float(), "validation_loss": float()}:
+            return expected.items() <= record.items()
+    return False
 
 
 def baseline_scores(data: Data) -> dict[str, np.ndarray]:
@@ -327,6 +386,20 @@ def plot(
     figure.savefig(path, dpi=150)
 
 
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keeps other runs out of the workdir; the system frees it however this process ends."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(
+                f"Another run is at work in {workdir}: wait for it or give another --workdir."
+            ) from None
+        yield
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Trains a multi-label classifier on the yeast set with Flax NNX and jaxbce.",
@@ -342,8 +415,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     again = "continue the run in workdir, exactly as if it had never stopped"
     add("--resume", action="store_true", help=again)
     args = parser.parse_args(argv)
-    if args.epochs < 1 or args.seed < 0:
-        parser.error("--epochs must be at least 1 and --seed at least 0")
+    if args.epochs < 1:
+        parser.error(f"--epochs must be at least 1, got {args.epochs}")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
     return args
 
 
@@ -351,14 +426,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Runs the program; returns the network's metrics on the test part."""
     args = parse_arguments(argv)
     started = time.perf_counter()
-    data = load_yeast()
-    records, network = train(data, args)
-    scores = {"network": network, **baseline_scores(data)}
-    results = {name: evaluate(data.test.labels, values) for name, values in scores.items()}
-    print_table(results)
-    picture = args.workdir / "yeast.png"
-    compared = {name: scores[name] for name in ("network", "logistic regression")}
-    plot(records, data.test.labels, compared, picture)
+    with locked(args.workdir):
+        data = load_yeast()
+        records, network = train(data, args)
+        scores = {"network": network, **baseline_scores(data)}
+        results = {name: evaluate(data.test.labels, values) for name, values in scores.items()}
+        print_table(results)
+        picture = args.workdir / "yeast.png"
+        compared = {name: scores[name] for name in ("network", "logistic regression")}
+        plot(records, data.test.labels, compared, picture)
     seconds = time.perf_counter() - started
     print(
         f"{seconds:.1f} s on {jax.device_count()} {jax.default_backend()} device(s); see {picture}"

@@ -99,6 +99,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--epochs", type=int, default=60, help="passes over the training part")
     parser.add_argument("--seed", type=int, default=0, help="decides weights, batches and dropout")
     args = parser.parse_args(argv)
+    if args.epochs < 1:
+        parser.error(f"--epochs must be at least 1, got {args.epochs}")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
 
     started = time.perf_counter()
     features, labels, test_features, test_labels = load_yeast()

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import pytest
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _as_a_user_runs_them():
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
@@ -25,6 +26,10 @@ def load(name):
     return module
 
 
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_help_and_readme(path):
     command = [sys.executable, str(path), "--help"]
@@ -33,27 +38,179 @@ def test_help_and_readme(path):
     assert f"`{path.name}`" in (EXAMPLES / "README.md").read_text()
 
 
-def test_multilabel_yeast_resumes_exactly(tmp_path, capsys):
-    yeast = load("multilabel_yeast")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("multilabel_yeast", "--epochs -3"),
+        ("multilabel_yeast", "--epochs 0"),
+        ("multilabel_yeast", "--seed -1"),
+        ("multilabel_yeast", "--seed 4294967296"),
+        ("multilabel_yeast_linen", "--epochs -3"),
+        ("multilabel_yeast_linen", "--epochs 0"),
+        ("multilabel_yeast_linen", "--seed -1"),
+        ("multilabel_yeast_linen", "--seed 4294967296"),
+        ("multilabel_digits", "--epochs 0"),
+        ("multilabel_digits", "--seeds 0 -1"),
+        ("multilabel_digits", "--seeds 4294967296"),
+        ("multilabel_digits", "--images 31"),
+        ("debian_dependencies", "--epochs 0"),
+        ("debian_dependencies", "--seed -1"),
+        ("debian_dependencies", "--seed 4294967296"),
+        ("distributed_head", "--steps 0"),
+        ("distributed_head", "--seed -1"),
+        ("distributed_head", "--processes 0"),
+        ("distributed_head", "--processes 3"),
+        ("distributed_head", "--process-id 2"),
+        ("distributed_head", "--process-id -1"),
+    ],
+)
+def test_meaningless_numbers_are_refused(name, options, capsys):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        load(name).main(options.split())
+    option, *values = options.split()
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: {option} must" in message
+    assert values[-1] in message.split("got")[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "first_step"),
+    [
+        ("multilabel_yeast", "load_yeast"),
+        ("multilabel_digits", "load_data"),
+        ("debian_dependencies", "read_available"),
+    ],
+)
+def test_a_second_run_in_the_workdir_is_refused(name, first_step, tmp_path, monkeypatch):
+    """Until the first one ends, here by Ctrl-C: then the workdir is free."""
+    example = load(name)
+
+    def second_run_started(*_):
+        raise AssertionError
+
+    def start_a_second_run(*_):
+        monkeypatch.setattr(example, first_step, second_run_started)
+        with pytest.raises(SystemExit, match=r"Another run is at work in .*give another --workdir"):
+            example.main(["--workdir", str(tmp_path)])
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        monkeypatch.setattr(example, first_step, start_a_second_run)
+        with pytest.raises(KeyboardInterrupt):
+            example.main(["--workdir", str(tmp_path)])
+
+
+@pytest.fixture(scope="module")
+def yeast():
+    return load("multilabel_yeast")
+
+
+@pytest.fixture(scope="module")
+def two_epochs(yeast, tmp_path_factory):
+    """The workdir of a finished run, to copy."""
+    workdir = tmp_path_factory.mktemp("yeast")
+    yeast.main(["--workdir", str(workdir), "--epochs", "2"])
+    return workdir
+
+
+def test_multilabel_yeast_resumes_exactly(yeast, two_epochs, tmp_path, monkeypatch, capsys):
+    """Also after a crash between the log and the checkpoint of an epoch."""
 
     def run(workdir, *options):
-        return yeast.main(["--workdir", str(tmp_path / workdir), *options])
+        return yeast.main(["--workdir", str(tmp_path / workdir), "--epochs", "4", *options])
 
-    whole = run("whole", "--epochs", "4")
-    run("parts", "--epochs", "2")
-    assert run("parts", "--epochs", "4", "--resume") == whole
-    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
-    assert logs[0] == logs[1]
-    assert [json.loads(line)["epoch"] for line in logs[0].splitlines()] == [1, 2, 3, 4]
+    whole = run("whole")
+    log = (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert [json.loads(line)["epoch"] for line in log.splitlines()] == [1, 2, 3, 4]
     assert (tmp_path / "whole" / "yeast.png").stat().st_size > 10_000
     assert whole["micro_f1"] > 0.5
     assert "label frequencies" in capsys.readouterr().out
 
+    shutil.copytree(two_epochs, tmp_path / "parts")
+    with monkeypatch.context() as patch:
+        patch.setattr(yeast.ocp.CheckpointManager, "save", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run("parts", "--resume")
+    assert (tmp_path / "parts" / "metrics.jsonl").read_text() == "".join(log.splitlines(True)[:3])
+    assert run("parts", "--resume") == whole
+    assert (tmp_path / "parts" / "metrics.jsonl").read_text() == log
 
-def test_multilabel_yeast_refuses_to_resume_another_run(tmp_path):
-    yeast = load("multilabel_yeast")
-    with pytest.raises(SystemExit, match="No checkpoint to resume"):
-        yeast.main(["--workdir", str(tmp_path / "none"), "--resume"])
+
+@pytest.mark.parametrize("length", [1, 30, None], ids=["one byte", "a part", "a whole line"])
+def test_multilabel_yeast_drops_the_line_of_an_epoch_not_saved(
+    yeast, two_epochs, tmp_path, monkeypatch, length
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(two_epochs, workdir)
+    log = workdir / "metrics.jsonl"
+    lines = log.read_text().splitlines(True)
+    log.write_text("".join([*lines, lines[1].replace('"epoch": 2', '"epoch": 3')[:length]]))
+    monkeypatch.setattr(yeast.Trainer, "train_epoch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        yeast.main(["--workdir", str(workdir), "--resume"])
+    assert log.read_text() == "".join(lines)
+
+
+BROKEN_LOGS = {
+    "missing": (None, "it is missing"),
+    "empty": (lambda lines: [], r"it has 0 line\(s\)"),
+    "shortened": (lambda lines: lines[:1], r"it has 1 line\(s\)"),
+    "two lines too many": (lambda lines: lines * 2, r"it has 4 line\(s\)"),
+    "no JSON": (lambda lines: ["{", lines[1]], "its line 1 is '{'"),
+    "no record": (lambda lines: ["[1]", lines[1]], r"its line 1 is '\[1\]'"),
+    "no loss": (lambda lines: ['{"epoch": 1}', lines[1]], "its line 1 is"),
+    "wrong order": (lambda lines: lines[::-1], """its line 1 is '{"epoch": 2"""),
+    "one epoch twice": (lambda lines: [*lines, lines[1]], """its line 3 is '{"epoch": 2"""),
+    "another seed": (
+        lambda lines: [lines[0].replace('"seed": 0', '"seed": 1'), lines[1]],
+        "its line 1",
+    ),
+    "another run": (lambda lines: [lines[0], lines[1].replace("0.", "1.")], "its line 2"),
+}
+
+
+@pytest.mark.parametrize(("edit", "found"), BROKEN_LOGS.values(), ids=BROKEN_LOGS)
+def test_multilabel_yeast_refuses_a_log_that_does_not_fit(yeast, two_epochs, tmp_path, edit, found):
+    workdir = tmp_path / "run"
+    shutil.copytree(two_epochs, workdir)
+    log = workdir / "metrics.jsonl"
+    if edit is None:
+        log.unlink()
+    else:
+        log.write_text("".join(line + "\n" for line in edit(log.read_text().splitlines())))
+    before = sorted(workdir.rglob("*")), log.exists() and log.read_text()
+    with pytest.raises(SystemExit, match=f"does not fit the checkpoint of epoch 2: {found}"):
+        yeast.main(["--workdir", str(workdir), "--epochs", "3", "--resume"])
+    assert (sorted(workdir.rglob("*")), log.exists() and log.read_text()) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ("--seed 1", "'seed': 0, .* not .*'seed': 1"),
+        ("--pos-weight", "'pos_weight': False.* not .*'pos_weight': True"),
+        ("--epochs 1", "has 2 epochs, more than --epochs 1: give --epochs 2"),
+    ],
+    ids=["seed", "pos-weight", "fewer epochs"],
+)
+def test_multilabel_yeast_refuses_to_resume_another_run(
+    yeast, two_epochs, tmp_path, options, found
+):
+    shutil.copytree(two_epochs, tmp_path / "run")
+    with pytest.raises(SystemExit, match=found):
+        yeast.main(["--workdir", str(tmp_path / "run"), "--resume", *options.split()])
+
+
+def test_multilabel_yeast_starts_anew(yeast, two_epochs, tmp_path, monkeypatch):
+    """Without --resume the run that was there goes, log and checkpoints, before the first epoch."""
+    workdir = tmp_path / "run"
+    shutil.copytree(two_epochs, workdir)
+    monkeypatch.setattr(yeast.Trainer, "train_epoch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        yeast.main(["--workdir", str(workdir)])
+    assert (workdir / "metrics.jsonl").read_text() == ""
+    with pytest.raises(SystemExit, match=r"No checkpoint to resume from in .*: run without"):
+        yeast.main(["--workdir", str(workdir), "--resume"])
 
 
 def test_multilabel_yeast_linen_beats_the_label_frequencies(capsys):
@@ -108,6 +265,12 @@ def test_debian_dependencies_resumes_exactly_and_predicts(tmp_path, capsys):
     assert {name for name, _ in best[:2]} == {"base", "libweb"}
     assert "label frequencies" in capsys.readouterr().out
     assert run("new", "--epochs", "3", "--no-dense", *question) == best
+    with pytest.raises(SystemExit, match="has 3 epochs, more than --epochs 1: give --epochs 3"):
+        run("parts", "--resume")
+    (tmp_path / "parts" / "names.json").write_text("{")
+    for options in (question, ("--epochs", "3", "--resume")):
+        with pytest.raises(SystemExit, match=r"names.json is missing or broken .*without --resume"):
+            run("parts", *options)
 
 
 def test_debian_dependencies_says_what_it_needs(tmp_path, monkeypatch):
@@ -116,7 +279,7 @@ def test_debian_dependencies_says_what_it_needs(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="needs the package lists of a Debian or Ubuntu machine"):
         debian.main(["--workdir", str(tmp_path)])
     (tmp_path / "available").write_text(available())
-    with pytest.raises(SystemExit, match="No run of these data"):
+    with pytest.raises(SystemExit, match=r"No run of these data and seed 0 .*without --resume"):
         debian.main(
             ["--workdir", str(tmp_path), "--available", str(tmp_path / "available"), "--resume"]
         )

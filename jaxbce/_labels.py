@@ -1,10 +1,10 @@
 """Label ids (`positives`) to multi-hot arrays and back; the balance of the two classes."""
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
@@ -74,8 +74,9 @@ def labels_of(
         raise ValueError(f"{name}: logits must have an axis of labels, got ()")
     rows = None if counted is None else jnp.any(counted, axis=-1)
     ids = _checks.positives(name, positives, shape[-1], rows_of=("logits", shape), keep=rows)
-    # XLA on a CPU fuses the conversion of bfloat16 into the loss, not that of bool or uint8.
-    return scatter_ones(ids, shape[-1], jnp.bfloat16)
+    # One byte each: XLA reads it in the loop of the loss and keeps no wider copy. On a CPU some of
+    # its versions scatter bfloat16 as float32.
+    return scatter_ones(ids, shape[-1], jnp.uint8)
 
 
 def by_row(array: Any, **_: Any) -> PartitionSpec:
@@ -120,7 +121,7 @@ def positives_from_multi_hot(labels: ArrayLike, max_positives: int | None = None
       [[ 0  2]
        [ 1 -1]]
 
-    Source: `jax.numpy.nonzero`, by row.
+    Source: `jax.numpy.nonzero`, by row, in a fraction of its memory.
     """
     name = "positives_from_multi_hot"
     (labels,) = _checks.admit(name, labels=labels)
@@ -147,9 +148,24 @@ def _positives_of(labels: Any, *, name: str, max_positives: int) -> jax.Array:
     rule = f"at most {max_positives} (max_positives) in a row"
     _checks.check_values(name, "positives", counts, counts <= max_positives, rule)
 
+    if not labels.shape[-1]:
+        return jnp.full((*labels.shape[:-1], max_positives), -1, jnp.int32)
+
     def row(labels: jax.Array) -> jax.Array:
-        (ids,) = jnp.nonzero(labels, size=max_positives, fill_value=-1)
-        return ids.astype(jnp.int32)
+        # `jax.numpy.nonzero` would hold several int32 for each label. Eight labels to a byte, only
+        # the bytes are counted: the nth positive is in the first one up to which n are counted.
+        packed = jnp.packbits(labels.astype(bool), bitorder="little")
+        in_byte = jax.lax.population_count(packed).astype(jnp.int32)
+        counted = jnp.cumsum(in_byte)
+        nth = jnp.arange(1, max_positives + 1, dtype=jnp.int32)
+        at = jnp.searchsorted(counted, nth)
+        byte = packed.at[at].get(mode="clip")
+        rank = nth - (counted - in_byte).at[at].get(mode="clip")
+        for lower in range(1, 8):
+            byte = jnp.where(rank > lower, byte & (byte - 1), byte)  # without its lowest bit
+        # Now its lowest bit is the positive; below it are as many bits as its place in the byte.
+        place = jax.lax.population_count(~byte & (byte - 1)).astype(jnp.int32)
+        return jnp.where(at < packed.size, 8 * at + place, -1)
 
     for _ in labels.shape[:-1]:
         row = jax.vmap(row)
@@ -186,9 +202,10 @@ def balanced_pos_weight(
       A float32 array [L] (float64 for float64 labels).
 
     Raises:
-      TypeError: labels are not a real array, positives not an integer array, where is not bool.
+      TypeError: labels are not a real array, positives not an integer array, where is not bool,
+        max_weight is not a real number.
       ValueError: neither or both of labels and positives, positives without num_labels, a shape
-        that does not fit, or max_weight is not positive.
+        that does not fit, or max_weight is not positive; of a traced max_weight that is not known.
 
     Edge values: a label without positives gets its number of negatives, at most max_weight; one
     without negatives, or with nothing kept, 0. What is masked may hold anything, also NaN.
@@ -204,11 +221,14 @@ def balanced_pos_weight(
     Source: negatives / positives, the advice of PyTorch's `BCEWithLogitsLoss`.
     """
     name = "balanced_pos_weight"
-    if _checks.known(max_weight) and not max_weight > 0:
-        raise ValueError(f"{name}: max_weight must be positive, got {max_weight}")
-    count, kept = _counts(name, labels, positives, num_labels, where)
-    weight = (kept - count) / jnp.maximum(count, 1)
-    return weight if max_weight is None else jnp.minimum(weight, max_weight)
+    if max_weight is not None:
+        (max_weight,) = _checks.admit(name, max_weight=max_weight)
+        _check_positive(name, "max_weight", max_weight)
+    count, negatives = _counts(name, labels, positives, num_labels, where)
+    weight = negatives / jnp.maximum(count, 1)
+    if max_weight is None:
+        return weight
+    return jnp.minimum(weight, jnp.asarray(max_weight).astype(weight.dtype))
 
 
 def prior_bias(
@@ -256,8 +276,8 @@ def prior_bias(
     Source: Lin et al., "Focal loss for dense object detection" (2017), section 4.1; the ½ is
     Jeffreys' prior.
     """
-    count, kept = _counts("prior_bias", labels, positives, num_labels, where)
-    return jnp.log((count + 0.5) / (kept - count + 0.5))
+    count, negatives = _counts("prior_bias", labels, positives, num_labels, where)
+    return jnp.log((count + 0.5) / (negatives + 0.5))
 
 
 def _counts(
@@ -267,20 +287,21 @@ def _counts(
     num_labels: Any,
     where: ArrayLike | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """For each label: its positives, and its elements that `where` keeps."""
+    """For each label: its positives and its negatives, of what `where` keeps."""
     _checks.check_one_of(name, labels=labels, positives=positives)
     labels, positives, where = _checks.admit(name, labels=labels, positives=positives, where=where)
-    counts: tuple[jax.Array, jax.Array]
     if positives is None:
         if num_labels is not None:
             raise ValueError(
                 f"{name}: num_labels goes with positives, got labels and num_labels={num_labels}"
             )
-        counts = _dense_counts(labels, where, name=name)
+        count, kept = _dense_counts(labels, where, name=name)
     else:
         _checks.check_size(name, "num_labels", num_labels, least=0)
-        counts = _sparse_counts(positives, where, name=name, num_labels=num_labels)
-    return counts
+        count, kept = _sparse_counts(positives, where, name=name, num_labels=num_labels)
+    # Large floats are rounded, each sum in its own way: no negatives may come out as less than 0.
+    negatives = kept - count
+    return count, jnp.where(negatives < 0, 0, negatives)
 
 
 def by_label(labels: Any, *_: Any, **__: Any) -> tuple[PartitionSpec, PartitionSpec]:
@@ -297,7 +318,7 @@ def _dense_counts(labels: Any, where: Any, *, name: str) -> tuple[jax.Array, jax
     labels = _check_labels(name, labels)
     where = _checks.mask(name, where, "labels", labels.shape)
     dtype = jnp.float64 if labels.dtype == jnp.float64 else jnp.float32
-    # Whole numbers are summed in int32, exactly.
+    # Whole numbers are summed in int32, exactly; one after another, float32 ones stop at 2^24.
     labels = labels.astype(dtype if jnp.issubdtype(labels.dtype, jnp.floating) else jnp.int32)
     masked = labels if where is None else jnp.where(where, labels, 0)
     _checks.check_values(name, "labels", masked, (masked >= 0) & (masked <= 1), "in [0, 1]")
@@ -317,23 +338,32 @@ def _sparse_counts(
     counted = jnp.diff(ids, axis=-1, prepend=-1) != 0
     if where is not None:
         # `where` is read at each id in its own shape: broadcast it would be as large as the labels.
-        index = [jax.lax.broadcasted_iota(jnp.int32, ids.shape, axis) for axis in range(ids.ndim)]
-        index[-1] = ids
-        own = [at if size > 1 else 0 for at, size in zip(index, where.shape, strict=True)]
-        counted &= where.at[tuple(own)].get(mode="fill", fill_value=False)
+        at = jnp.zeros_like(ids) if where.shape[-1] == 1 else ids
+        counted &= jnp.take_along_axis(where, at, axis=-1, mode="fill", fill_value=False)
     ids = jnp.where(counted, ids, num_labels)
-    count = jnp.zeros(num_labels, jnp.int32).at[ids].add(1, mode="drop")
+    # A float32, to which they are added one after another, would stop at 2^24; uint32 at 2^32.
+    count = jnp.zeros(num_labels, jnp.uint32).at[ids].add(1, mode="drop")
     return count.astype(jnp.float32), _kept_per_label(where, shape, jnp.float32)
 
 
 def _kept_per_label(where: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """How many elements of each label `where`, of the rank of `shape`, keeps."""
-    rows = math.prod(shape[:-1])
     if where is None:
-        return jnp.full(shape[-1], rows, dtype)
-    repeats = rows // max(math.prod(where.shape[:-1]), 1)
-    kept = jnp.sum(where, axis=tuple(range(where.ndim - 1)), dtype=jnp.int32)
-    return jnp.broadcast_to(kept.astype(dtype) * repeats, shape[-1:])
+        where = jnp.ones((1,) * len(shape), bool)
+    kept = jnp.sum(where, axis=tuple(range(where.ndim - 1)), dtype=jnp.uint32).astype(dtype)
+    # Each element stands for as many as it is broadcast to: a product of floats, because it may
+    # exceed an int32 and a size may be symbolic.
+    for size, own in zip(shape[:-1], where.shape[:-1], strict=True):
+        if own != size:
+            kept *= jnp.asarray(size, dtype)
+    return jnp.broadcast_to(kept, shape[-1:])
+
+
+def _check_positive(name: str, argument: str, value: Any) -> None:
+    """A real number; unless it is traced, it must be greater than 0, which NaN is not."""
+    _checks.number(name, argument, value)
+    if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) > 0):
+        raise ValueError(f"{name}: {argument} must be positive, got {value}")
 
 
 def _check_labels(name: str, labels: Any) -> jax.Array:

@@ -208,7 +208,7 @@ def sparse_bce_with_logits(
 
     Returns:
       The loss in float32 (float64 for float64 logits): a scalar, or for "none" an array of the
-      shape of logits. It makes the multi-hot labels in bfloat16: 2 L bytes per row.
+      shape of logits. It makes the multi-hot labels in uint8: L bytes per row.
 
     Raises:
       TypeError: logits are not floating-point, positives not integer, where not bool.

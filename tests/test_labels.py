@@ -17,6 +17,18 @@ DENSE = np.array([[1, 0, 1, 0, 0], [0, 1, 0, 0, 1], [0, 0, 0, 0, 0], [0, 0, 0, 1
 every_jit = pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
 
 
+def temporaries(fn, *args):
+    """Bytes that `fn`, compiled, holds beside its arguments and results."""
+    return jax.jit(fn).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+def of_any_batch(fn, *args):
+    """`fn` lowered with a symbolic first axis of its arguments, then called with these."""
+    (batch,) = jax.export.symbolic_shape("batch")
+    specs = [jax.ShapeDtypeStruct((batch, *arg.shape[1:]), arg.dtype) for arg in args]
+    return jax.export.export(jax.jit(fn))(*specs).call(*args)
+
+
 # --- positives and multi-hot -------------------------------------------------------------------
 
 
@@ -83,9 +95,42 @@ def test_round_trip(rng):
     np.testing.assert_array_equal(jaxbce.multi_hot(fewest, 31), labels)
 
 
+@pytest.mark.parametrize("num_labels", [1, 7, 8, 9, 300])
+@pytest.mark.parametrize("max_positives", [3, 400], ids=["cut off", "padded"])
+def test_positives_of_any_number_of_labels(num_labels, max_positives, rng):
+    """Empty, sparse, dense and full rows, whose last byte is a part of one."""
+    labels = rng.random((40, num_labels)) < np.linspace(0, 1, 40)[:, None]
+    expected = np.full((40, max_positives), -1)
+    for row, ids in zip(expected, map(np.flatnonzero, labels), strict=True):
+        row[: len(ids)] = ids[:max_positives]
+    got = jaxbce.positives_from_multi_hot(labels, max_positives)
+    np.testing.assert_array_equal(got, expected)
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0,)], ids=str)
 def test_positives_of_nothing(shape):
     assert jaxbce.positives_from_multi_hot(np.zeros(shape)).shape == (*shape[:-1], 0)
+    padded = jaxbce.positives_from_multi_hot(np.zeros(shape), 2)
+    np.testing.assert_array_equal(padded, np.full((*shape[:-1], 2), -1))
+
+
+@pytest.mark.parametrize("dtype", ["bool", "float32"])
+@pytest.mark.parametrize(
+    ("shape", "max_positives"), [((64, 16384), 8), ((64, 16384), 512), ((512, 1000), 40)], ids=str
+)
+def test_positives_of_large_labels_need_little_memory(shape, max_positives, dtype):
+    labels = jnp.zeros(shape, dtype)
+    held = temporaries(
+        lambda labels: jaxbce.positives_from_multi_hot(labels, max_positives), labels
+    )
+    assert held < 2.5 * labels.size
+
+
+def test_positives_of_sharded_rows_move_nothing(mesh):
+    labels = jax.device_put(np.eye(16, 32), jax.NamedSharding(mesh, jax.P("batch")))
+    fn = jax.jit(lambda labels: jaxbce.positives_from_multi_hot(labels, 2))
+    assert not collectives(fn.lower(labels).compile().as_text())
+    np.testing.assert_array_equal(fn(labels), [[row, -1] for row in range(16)])
 
 
 @pytest.mark.parametrize(
@@ -179,6 +224,27 @@ def test_sparse_loss_keeps_infinite_logits_right():
     logits = np.where(DENSE == 1, np.inf, -np.inf).astype(np.float32)
     assert jaxbce.sparse_bce_with_logits(logits, POSITIVES) == 0
     assert jaxbce.sparse_bce_with_logits(-logits, POSITIVES) == np.inf
+
+
+@pytest.mark.parametrize(
+    ("transform", "dtype"),
+    [
+        (lambda f: f, "float32"),
+        (lambda f: f, "bfloat16"),
+        (jax.grad, "float32"),
+        (jax.grad, "bfloat16"),
+        (jax.value_and_grad, "float32"),
+    ],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_sparse_loss_holds_one_byte_a_label_more_than_the_dense_one(transform, dtype, reduction):
+    logits = jnp.zeros((64, 16384), dtype)
+    positives, labels = jnp.zeros((64, 8), jnp.int32), jnp.zeros((64, 16384), jnp.uint8)
+    sparse = transform(functools.partial(jaxbce.sparse_bce_with_logits, reduction=reduction))
+    dense = transform(functools.partial(jaxbce.bce_with_logits, reduction=reduction))
+    more = temporaries(sparse, logits, positives) - temporaries(dense, logits, labels)
+    assert more < 1.1 * labels.size
 
 
 def test_sparse_loss_of_sharded_logits_moves_only_scalars(mesh, rng):
@@ -340,9 +406,9 @@ def test_counting_ids_needs_no_dense_labels():
     def call(positives, where):
         return jaxbce.balanced_pos_weight(positives=positives, num_labels=2**20, where=where)
 
-    args = jnp.zeros((256, 4), jnp.int32), jnp.ones((256, 1), bool)
-    memory = jax.jit(call).lower(*args).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 4 * 4 * 2**20
+    positives = jnp.zeros((256, 4), jnp.int32)
+    for where in (jnp.ones((256, 1), bool), jnp.ones(2**20, bool)):
+        assert temporaries(call, positives, where) < 4 * 4 * 2**20
 
 
 @pytest.mark.parametrize("fn", [jaxbce.balanced_pos_weight, jaxbce.prior_bias])
@@ -372,7 +438,143 @@ def test_count_errors(fn, arguments, error, message):
         fn(**arguments)
 
 
-@pytest.mark.parametrize("limit", [0, -1.0, float("nan")], ids=str)
-def test_max_weight_must_be_positive(limit):
-    with pytest.raises(ValueError, match="balanced_pos_weight: max_weight must be positive, got"):
+@pytest.mark.parametrize(
+    "kind", [float, np.float32, np.float64, jnp.bfloat16, np.asarray, jnp.array]
+)
+@pytest.mark.parametrize("limit", [0.0, -1.0, float("nan")], ids=str)
+def test_max_weight_must_be_positive(limit, kind):
+    limit = kind(limit)
+    for transform in (lambda f: f, jax.jit):
+        call = transform(lambda labels: jaxbce.balanced_pos_weight(labels, max_weight=limit))
+        with pytest.raises(ValueError, match="balanced_pos_weight: max_weight must be positive, g"):
+            call(DENSE)
+
+
+@pytest.mark.parametrize(
+    "limit", [2, 2.0, np.int32(2), np.float32(2), np.float64(2), np.array(2.0), jnp.float32(2)]
+)
+def test_max_weight_of_any_real_dtype(limit):
+    for fn in (jaxbce.balanced_pos_weight, jax.jit(jaxbce.balanced_pos_weight)):
+        got = fn(DENSE, max_weight=limit)
+        np.testing.assert_array_equal(got, [2, 2, 2, 2, 2])
+        assert got.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("limit", ["2", 2j, [2.0]], ids=str)
+def test_max_weight_must_be_a_number(limit):
+    with pytest.raises(TypeError, match="balanced_pos_weight: max_weight must be"):
         jaxbce.balanced_pos_weight(DENSE, max_weight=limit)
+
+
+# --- sizes: none, many, unknown ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["labels", "no positives", "positives"])
+@pytest.mark.parametrize("rows", [0, 2])
+@pytest.mark.parametrize("num_labels", [0, 3])
+def test_counts_of_nothing(form, rows, num_labels):
+    """No rows, no ids in a row or no labels, with no mask and with one of every shape."""
+    if form == "labels":
+        arguments = {"labels": np.zeros((rows, num_labels), bool)}
+    else:
+        ids = np.full((rows, 0 if form == "no positives" else 2), -1)
+        arguments = {"positives": ids, "num_labels": num_labels}
+    shapes = [(), (num_labels,), (1, num_labels), (rows, 1), (rows, num_labels), (1, 1)]
+
+    @jax.jit
+    def counts():
+        masks = [None, *(np.ones(shape, bool) for shape in shapes)]
+        return [
+            (
+                jaxbce.balanced_pos_weight(**arguments, where=where),
+                jaxbce.prior_bias(**arguments, where=where),
+            )
+            for where in masks
+        ]
+
+    expected = np.float32([[rows], [np.log(0.5 / (rows + 0.5))]]).repeat(num_labels, axis=1)
+    for got in counts():
+        chex.assert_trees_all_close(got, tuple(expected), rtol=1e-6)
+
+
+def test_counts_of_no_rows_eagerly():
+    mask = np.ones((0, 1), bool)
+    assert not jaxbce.prior_bias(np.zeros((0, 3)), where=mask).any()
+    ids = np.zeros((0, 2), int)
+    assert not jaxbce.balanced_pos_weight(positives=ids, num_labels=3, where=mask).any()
+
+
+@every_jit
+def test_more_rows_than_an_int32_counts(transform):
+    """2^32 rows, which take no memory because they have no positives."""
+    positives = np.zeros((2**16, 2**16, 0), np.int32)
+    call = transform(
+        lambda where: jaxbce.balanced_pos_weight(positives=positives, num_labels=3, where=where)
+    )
+    np.testing.assert_array_equal(call(None), [2.0**32] * 3)
+    np.testing.assert_array_equal(call(np.array([True, False, True])), [2.0**32, 0, 2.0**32])
+    rows = np.arange(2**16)[:, None, None] < 2**15
+    np.testing.assert_array_equal(call(rows), [2.0**31] * 3)
+
+
+@pytest.mark.parametrize("where", [None, (4,), (1, 4), (2**33, 1), (2**33, 4)], ids=str)
+@pytest.mark.parametrize("fn", [jaxbce.balanced_pos_weight, jaxbce.prior_bias])
+def test_counts_of_any_size(fn, where):
+    where = where and jax.ShapeDtypeStruct(where, bool)
+    for dtype in ("bool", "int8", "float32"):
+        labels = jax.ShapeDtypeStruct((2**33, 4), dtype)
+        assert jax.eval_shape(lambda y, where: fn(y, where=where), labels, where).shape == (4,)
+    ids = jax.ShapeDtypeStruct((2**33, 3), jnp.int8)
+    sparse = jax.eval_shape(lambda p, w: fn(positives=p, num_labels=4, where=w), ids, where)
+    assert sparse.shape == (4,)
+
+
+def test_a_label_that_is_always_positive_has_no_negatives():
+    """Though a sum of many labels may be rounded up, here by a label with one bit too many."""
+    labels = np.array([[1 + 2**-23]], np.float32)
+    np.testing.assert_array_equal(jaxbce.balanced_pos_weight(labels), [0])
+
+
+def test_a_symbolic_batch():
+    labels, positives = DENSE.astype(np.float32), POSITIVES.astype(np.int32)
+    for fn in (jaxbce.balanced_pos_weight, jaxbce.prior_bias):
+        expected = fn(labels)
+        np.testing.assert_array_equal(of_any_batch(fn, labels), expected)
+        sparse = functools.partial(fn, num_labels=5)
+        got = of_any_batch(lambda p, sparse=sparse: sparse(positives=p), positives)
+        np.testing.assert_array_equal(got, expected)
+    multi_hot = functools.partial(jaxbce.multi_hot, num_labels=5)
+    np.testing.assert_array_equal(of_any_batch(multi_hot, positives), DENSE)
+    ids = functools.partial(jaxbce.positives_from_multi_hot, max_positives=2)
+    np.testing.assert_array_equal(of_any_batch(ids, labels), ids(labels))
+    loss = of_any_batch(jaxbce.sparse_bce_with_logits, labels, positives)
+    np.testing.assert_allclose(loss, jaxbce.bce_with_logits(labels, DENSE), rtol=1e-6)
+
+
+def test_64_bits():
+    """Ids stay int32, and counts float32 but for float64 labels."""
+    labels, positives = DENSE.astype(np.float64), POSITIVES.astype(np.int64)
+
+    @jax.jit
+    def counts(labels, positives, where):
+        def both(**arguments):
+            weight = jaxbce.balanced_pos_weight(**arguments, where=where, max_weight=np.float64(2))
+            return weight, jaxbce.prior_bias(**arguments, where=where)
+
+        return both(labels=labels), both(positives=positives, num_labels=5)
+
+    with jax.enable_x64(True):
+        for fewest in (None, 2):
+            ids = jaxbce.positives_from_multi_hot(labels, fewest)
+            assert ids.dtype == jnp.int32
+            np.testing.assert_array_equal(ids, [[0, 2], [1, 4], [-1, -1], [3, -1]])
+        np.testing.assert_array_equal(jaxbce.multi_hot(positives, 5, dtype=np.float64), DENSE)
+        loss = jaxbce.sparse_bce_with_logits(labels, positives)
+        assert loss.dtype == jnp.float64
+        np.testing.assert_allclose(loss, jaxbce.bce_with_logits(labels, DENSE))
+        for where in (None, np.ones((4, 1), bool)):
+            wide, narrow = counts(labels, positives, where)
+            chex.assert_trees_all_equal_dtypes(wide, (jnp.zeros(5, jnp.float64),) * 2)
+            chex.assert_trees_all_equal_dtypes(narrow, (jnp.zeros(5, jnp.float32),) * 2)
+            chex.assert_trees_all_close(jax.tree.map(np.float64, narrow), wide, rtol=1e-6)
+            chex.assert_trees_all_equal(counts(DENSE, positives, where)[0], narrow)

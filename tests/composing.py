@@ -1,4 +1,4 @@
-"""Losses beside the same losses written densely in plain jnp, and programs to put both into."""
+"""Losses to put into programs, each beside the same loss written densely in plain jnp."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from losses import LOSSES
 import jaxbce
 import jaxbce.nnx
 
-ROWS, WIDTH, LABELS = 3, 2, 7
+ROWS, WIDTH, POSITIVES, LABELS = 3, 2, 4, 7  # four different numbers: a size tells its axis
 softplus, sigmoid = jax.nn.softplus, jax.nn.sigmoid
 
 
@@ -26,10 +26,11 @@ class Case:
     name: str
     ours: Callable  # arguments -> a loss, reduced or not
     dense: Callable  # the same in plain jnp, which JAX differentiates by itself
-    draw: Callable  # generator -> arguments
+    draw: Callable  # generator, rows, labels -> arguments
+    main: tuple[str, str]  # the two arguments that programs tell apart
 
 
-# --- dense losses ---------------------------------------------------------------------------------
+# --- in plain jnp --------------------------------------------------------------------------------
 
 
 def bce_with_logits(x, y, q=1.0):
@@ -51,7 +52,7 @@ def asymmetric(x, y, gamma_neg, gamma_pos, clip):
     return y * sigmoid(-x) ** gamma_pos * softplus(-x) - (1 - y) * m**gamma_neg * jnp.log1p(-m)
 
 
-FORMULAS = {
+FORMULAS = {  # by the name of the oracle
     "bce_with_logits": bce_with_logits,
     "bce": bce,
     "focal": focal,
@@ -63,41 +64,44 @@ def smoothed(labels, label_smoothing):
     return labels * (1 - label_smoothing) + label_smoothing / 2
 
 
-def reduced(loss, reduction, keep=None):
-    """Divided by what `keep` holds, or by everything."""
+def reduced(loss, reduction, where=None):
+    """Divided by what `where` keeps, or by everything."""
     if reduction == "none":
         return loss
-    keep = jnp.ones_like(loss) if keep is None else jnp.broadcast_to(keep, loss.shape)
-    units = keep.astype(loss.dtype)
-    units = units.max(-1) if reduction == "batchmean" else units
-    return loss.sum() / (1.0 if reduction == "sum" else units.sum())
+    kept = jnp.ones(loss.shape, bool) if where is None else jnp.broadcast_to(where, loss.shape)
+    if reduction == "batchmean":
+        kept = kept.any(-1)
+    return loss.sum() / (1.0 if reduction == "sum" else kept.astype(loss.dtype).sum())
 
 
-def by_formula(formula, arguments, reduction):
-    """An elementwise loss."""
+def dense_elementwise(formula, arguments, reduction):
     given = dict(arguments)
-    scores, labels = given.pop("scores"), given.pop("labels").astype(arguments["scores"].dtype)
-    keep, weight = given.pop("where", None), given.pop("weight", 1.0)
-    labels = smoothed(labels, given.pop("label_smoothing", 0.0))
-    extras = [jnp.broadcast_to(extra, scores.shape) for extra in given.values()]
-    loss = formula(scores, labels, *extras) * jnp.broadcast_to(weight, scores.shape)
-    return reduced(loss if keep is None else jnp.where(keep, loss, 0), reduction, keep)
+    x, y = given.pop("scores"), given.pop("labels")
+    where, weight = given.pop("where", None), given.pop("weight", 1.0)
+    y = smoothed(y.astype(x.dtype), given.pop("label_smoothing", 0.0))
+    extras = [jnp.broadcast_to(extra, x.shape) for extra in given.values()]
+    loss = formula(x, y, *extras) * jnp.broadcast_to(weight, x.shape)
+    return reduced(loss if where is None else jnp.where(where, loss, 0), reduction, where)
+
+
+def dense_logits(arguments):
+    logits = arguments["features"] @ arguments["kernel"]
+    return logits + arguments["bias"][None] if "bias" in arguments else logits
 
 
 def dense_head(arguments, reduction="mean"):
-    """Its logits are [batch, labels]; "none" is one loss per row."""
-    given = dict(arguments)
-    logits = jnp.matmul(given["features"], given["kernel"])
-    if "bias" in given:
-        logits = logits + given["bias"][None]
-    if "positives" in given:
-        labels = jax.nn.one_hot(given["positives"], logits.shape[-1]).max(-2)
-    else:
-        labels = given["labels"]
-    labels = smoothed(labels.astype(logits.dtype), given.get("label_smoothing", 0.0))
-    q = jnp.broadcast_to(given.get("pos_weight", 1.0), logits.shape).astype(logits.dtype)
-    rows = bce_with_logits(logits, labels, q).sum(-1) * given.get("weight", 1.0)
-    return reduced(rows, reduction) / (logits.shape[-1] if reduction == "mean" else 1)
+    """Its "none" is one loss per row."""
+    logits = dense_logits(arguments)
+    labels = arguments.get("labels")
+    if labels is None:
+        labels = jax.nn.one_hot(arguments["positives"], logits.shape[-1], dtype=logits.dtype)
+        labels = labels.max(-2)
+    labels = smoothed(labels, arguments.get("label_smoothing", 0.0))
+    loss = bce_with_logits(
+        logits, labels, jnp.broadcast_to(arguments.get("pos_weight", 1.0), logits.shape)
+    )
+    loss = loss * jnp.expand_dims(arguments.get("weight", jnp.ones_like(loss[:, 0])), 1)
+    return loss.sum(-1) if reduction == "none" else reduced(loss, reduction)
 
 
 def dense_pairs(arguments):
@@ -108,81 +112,86 @@ def dense_pairs(arguments):
 
 
 def dense_top_k(arguments, k):
-    logits = arguments["features"] @ arguments["kernel"] + arguments["bias"][None]
-    return jax.lax.top_k(logits, k)[0]
+    return jax.lax.top_k(dense_logits(arguments), k)[0]
 
 
-# --- cases ----------------------------------------------------------------------------------------
+# --- cases ---------------------------------------------------------------------------------------
+
+
+def in_float32(drawn):
+    return {
+        name: jnp.asarray(value, np.float32 if value.dtype == np.float64 else value.dtype)
+        for name, value in drawn.items()
+    }
 
 
 def elementwise(loss, reduction):
+    """A case of an entry of `LOSSES`, with every option that it takes."""
     oracle = loss.oracle
     formula = FORMULAS[getattr(oracle, "func", oracle).__name__]
     formula = functools.partial(formula, **getattr(oracle, "keywords", {}))
 
-    def draw(rng):
-        scores, labels = loss.draw(rng, (ROWS, LABELS))
-        drawn = {"scores": np.clip(scores, -4, 4)}
-        drawn["labels"] = rng.uniform(0.1, 0.9, scores.shape) if loss.dense else labels.astype(int)
-        drawn["weight"] = rng.uniform(0.5, 2, (ROWS, 1))
+    def draw(rng, rows=ROWS, labels=LABELS):
+        scores, hard = loss.draw(rng, (rows, labels))
+        drawn = {
+            "scores": np.clip(scores, -4, 4),
+            "labels": rng.uniform(0.1, 0.9, hard.shape) if loss.dense else hard.astype(np.int32),
+            "weight": rng.uniform(0.5, 2, (rows, 1)),
+        }
         if loss.pos_weight:
-            drawn["pos_weight"] = rng.uniform(0.5, 2, LABELS)
-        if loss.pos_weight and loss.name != "BCEWithLogitsLoss":
+            drawn["pos_weight"] = rng.uniform(0.5, 2, labels)
+        if loss.pos_weight and loss.name != "BCEWithLogitsLoss":  # there it is a constant
             drawn["label_smoothing"] = np.array(0.1)
-        drawn["where"] = rng.random(scores.shape) < 0.7
-        return in_float32(drawn)
+        return in_float32(drawn | {"where": rng.random(hard.shape) < 0.7})
 
     def ours(arguments):
         given = dict(arguments)
         return loss.call(given.pop("scores"), given.pop("labels"), reduction=reduction, **given)
 
-    dense = functools.partial(by_formula, formula, reduction=reduction)
-    return Case(loss.name, ours, dense, draw)
-
-
-def in_float32(drawn):
-    return {
-        name: jnp.asarray(value, np.float32 if value.dtype == np.float64 else None)
-        for name, value in drawn.items()
-    }
-
-
-def draw_head(rng, names):
-    """The arguments of these names of a small head."""
-    drawn = {
-        "features": rng.normal(size=(ROWS, WIDTH)),
-        "kernel": rng.normal(size=(WIDTH, LABELS)),
-        "bias": rng.normal(size=LABELS),
-        "labels": rng.uniform(0.1, 0.9, (ROWS, LABELS)),
-        "positives": np.array([[0, 5, 5], [-1, -1, -1], [6, 2, -1]], np.int32),
-        "weight": rng.uniform(0.5, 2, ROWS),
-        "pos_weight": rng.uniform(0.5, 2, LABELS),
-        "label_smoothing": np.array(0.1),
-    }
-    return in_float32({name: drawn[name] for name in names})
+    dense = functools.partial(dense_elementwise, formula, reduction=reduction)
+    name = f"{loss.name}-{reduction}"
+    return Case(name, ours, dense, draw, ("scores", "labels" if loss.dense else "weight"))
 
 
 LAYER = ("features", "kernel")
 OPTIONS = ("bias", "weight", "pos_weight", "label_smoothing")
 
 
-def linear(target, names, reduction="mean", chunk_size=4):
-    return Case(
-        f"linear_bce_with_logits-{target}-{len(names)} options-{reduction}-{chunk_size}",
-        functools.partial(head, reduction=reduction, chunk_size=chunk_size),
-        functools.partial(dense_head, reduction=reduction),
-        functools.partial(draw_head, names=(*LAYER, *names, target)),
-    )
-
-
-def pairs(arguments):
-    return jaxbce.siglip_loss(**arguments, chunk_size=2)
-
-
-def draw_pairs(rng):
+def draw_head(rng, rows=ROWS, labels=LABELS, names=()):
+    """The arguments of these names, and the layer."""
     drawn = {
-        "image_embeddings": rng.normal(size=(ROWS, WIDTH)),
-        "text_embeddings": rng.normal(size=(ROWS, WIDTH)),
+        "features": rng.normal(size=(rows, WIDTH)),
+        "kernel": rng.normal(size=(WIDTH, labels)),
+        "bias": rng.normal(size=labels),
+        "labels": rng.uniform(0.1, 0.9, (rows, labels)),
+        "positives": rng.integers(-2, labels, (rows, POSITIVES)).clip(-1).astype(np.int32),
+        "weight": rng.uniform(0.5, 2, rows),
+        "pos_weight": rng.uniform(0.5, 2, labels),
+        "label_smoothing": np.array(0.1),
+    }
+    return in_float32({name: drawn[name] for name in (*LAYER, *names)})
+
+
+def linear(name, names, reduction="mean", chunk_size=4):
+    def ours(arguments, **devices):
+        return head(arguments, reduction=reduction, chunk_size=chunk_size, **devices)
+
+    dense = functools.partial(dense_head, reduction=reduction)
+    return Case(f"head-{name}-{reduction}", ours, dense, draw_of(*names), LAYER)
+
+
+def draw_of(*names):
+    return functools.partial(draw_head, names=names)
+
+
+def pairs(arguments, **devices):
+    return jaxbce.siglip_loss(**arguments, **{"chunk_size": 2, **devices})
+
+
+def draw_pairs(rng, rows=ROWS, labels=None):
+    drawn = {
+        "image_embeddings": rng.normal(size=(rows, WIDTH)),
+        "text_embeddings": rng.normal(size=(rows, WIDTH)),
         "log_scale": np.array(0.5),
         "bias": np.array(-1.0),
     }
@@ -193,42 +202,51 @@ def top_k(arguments, k):
     return jaxbce.linear_top_k(**arguments, k=k, chunk_size=4)[0]
 
 
-def flax_module(kernel, bias):
-    """A `MultiLabelHead` of these parameters."""
-    module = jaxbce.nnx.MultiLabelHead(
-        *kernel.shape, chunk_size=4, kernel_init=lambda *_: kernel, rngs=nnx.Rngs(0)
-    )
-    module.bias[...] = bias
-    return module
-
-
-def flax_head(arguments):
+def flax_module(arguments):
+    """A `MultiLabelHead` of the parameters among the arguments, and the other arguments."""
     given = dict(arguments)
-    module = flax_module(given.pop("kernel"), given.pop("bias"))
+    kernel = given.pop("kernel")
+    module = jaxbce.nnx.MultiLabelHead(
+        *kernel.shape,
+        chunk_size=4,
+        param_dtype=kernel.dtype,
+        kernel_init=lambda *_: kernel,
+        rngs=nnx.Rngs(0),
+    )
+    module.bias[...] = given.pop("bias")
+    return module, given
+
+
+def flax_loss(arguments):
+    module, given = flax_module(arguments)
     return module.loss(given.pop("features"), **given)
+
+
+def flax_top_k(arguments, k):
+    module, given = flax_module(arguments)
+    return module.top_k(given["features"], k)[0]
 
 
 ELEMENTWISE = [
     elementwise(loss, reduction)
     for loss, reduction in zip(LOSSES, itertools.cycle(["mean", "none", "batchmean"]), strict=False)
 ]
-HEADS = [
-    linear("positives", ()),
-    linear("positives", OPTIONS),
-    linear("positives", ("bias", "weight"), "none", None),
-    linear("labels", OPTIONS, "none"),
-    Case("siglip_loss", pairs, dense_pairs, draw_pairs),
-]
-MODULE = Case(
-    "MultiLabelHead",
-    flax_head,
-    dense_head,
-    functools.partial(draw_head, names=(*LAYER, "bias", "positives", "pos_weight")),
+PLAIN = linear("plain", ["positives"])
+OPTIONAL = linear("options", [*OPTIONS, "positives"])
+SOFT = linear("soft labels", [*OPTIONS, "labels"], "none")
+SIGLIP = Case(
+    "siglip_loss", pairs, dense_pairs, draw_pairs, ("image_embeddings", "text_embeddings")
 )
-TOP_K = Case(
-    "linear_top_k",
-    functools.partial(top_k, k=3),
-    functools.partial(dense_top_k, k=3),
-    functools.partial(draw_head, names=(*LAYER, "bias")),
+FLAX = Case("MultiLabelHead.loss", flax_loss, dense_head, draw_of("bias", "positives"), LAYER)
+TOP_K, FLAX_TOP_K = (
+    Case(
+        name,
+        functools.partial(ours, k=3),
+        functools.partial(dense_top_k, k=3),
+        draw_of("bias"),
+        LAYER,
+    )
+    for name, ours in (("linear_top_k", top_k), ("MultiLabelHead.top_k", flax_top_k))
 )
-CASES = [*ELEMENTWISE, *HEADS, MODULE, TOP_K]
+HEADS = [PLAIN, OPTIONAL, SOFT, SIGLIP]
+CASES = [*ELEMENTWISE, *HEADS, FLAX, TOP_K, FLAX_TOP_K]

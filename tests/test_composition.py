@@ -1,41 +1,58 @@
 """Programs that combine transformations, with every public function in them, against dense code.
 
-A part may be right and a combination wrong: the same loss differentiated twice for other arguments,
-a mask beside a mapped weight, a sharded kernel beside labels on the host.
+A part may be right and a combination wrong: the same loss differentiated twice, each time for
+another argument; a mask beside a mapped weight; sharded logits beside labels on the host.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from composing import CASES, HEADS
+from composing import (
+    ELEMENTWISE,
+    FLAX,
+    FLAX_TOP_K,
+    HEADS,
+    OPTIONAL,
+    PLAIN,
+    SIGLIP,
+    SOFT,
+    TOP_K,
+)
 from heads import assert_close
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 
-@pytest.fixture(autouse=True)
-def _nothing_traced():
-    """JAX shares what it has traced between programs: each starts with nothing."""
+@pytest.fixture(scope="module", autouse=True)
+def _compile_fast():
+    """No test here asks what the compiler makes of a program."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
 
 
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-every_head = pytest.mark.parametrize("case", HEADS, ids=lambda case: case.name)
+def over(cases):
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
 def scalar(loss):
     """The loss summed with a factor of its own for each element."""
 
     def total(arguments):
-        rows = jnp.ravel(loss(arguments))
-        return jnp.vdot(rows, jnp.cos(jnp.arange(rows.size, dtype=rows.dtype)))
+        rows = loss(arguments)
+        factors = np.cos(np.arange(np.prod(rows.shape, dtype=int))).reshape(rows.shape)
+        return jnp.sum(rows * factors.astype(rows.dtype))
 
     return total
 
 
 def moving(arguments):
     """The names of what can be differentiated."""
-    return [n for n, value in arguments.items() if jnp.issubdtype(value.dtype, jnp.floating)]
+    return sorted(n for n, v in arguments.items() if jnp.issubdtype(v.dtype, jnp.floating))
 
 
 def stop(arguments, *names):
@@ -43,79 +60,101 @@ def stop(arguments, *names):
     return arguments | {name: jax.lax.stop_gradient(arguments[name]) for name in names}
 
 
+def value_and_gradient(loss, arguments, names=None):
+    """The gradient by name."""
+    part = {name: arguments[name] for name in (moving(arguments) if names is None else names)}
+    return jax.value_and_grad(lambda part: loss(arguments | part))(part)
+
+
 def gradient(loss, arguments, names=None):
-    """By name."""
-    names = moving(arguments) if names is None else names
-    part = {name: arguments[name] for name in names}
-    return jax.grad(lambda part: loss(arguments | part))(part)
+    return value_and_gradient(loss, arguments, names)[1]
 
 
 def stack(value):
     return jnp.stack([value, value * 0.75])
 
 
-# --- programs: (loss, arguments) -> pytree --------------------------------------------------------
+def mapped(fn, arguments, names):
+    """`fn` for two values of the arguments of these names; the others are shared."""
+    axes = {name: 0 if name in names else None for name in arguments}
+    stacked = {n: stack(v) if n in names else v for n, v in arguments.items()}
+    return jax.vmap(fn, (axes,))(stacked)
 
 
-def everything(loss, arguments):
-    return jax.value_and_grad(lambda part: loss(arguments | part))(
-        {name: arguments[name] for name in moving(arguments)}
-    )
+# --- programs: (loss, arguments, main arguments) -> pytree ---------------------------------------
 
 
-def each_alone(loss, arguments):
-    return {name: gradient(loss, arguments, [name]) for name in moving(arguments)}
+def everything(loss, arguments, main):
+    return value_and_gradient(loss, arguments)
 
 
-def halves(loss, arguments):
-    """The same loss twice, with another argument constant each time."""
-    first, second = moving(arguments)[:2]
+def each_alone(loss, arguments, main):
+    return [gradient(loss, arguments, [name]) for name in moving(arguments)]
+
+
+def halves(loss, arguments, main):
+    """The same loss twice, each time with the other argument constant."""
+    first, second = main
 
     def both(arguments):
         return loss(stop(arguments, second)) + loss(stop(arguments, first))
 
-    return gradient(both, arguments, [first, second])
+    return gradient(both, arguments, main)
 
 
-def gradient_penalty(loss, arguments):
-    first = moving(arguments)[0]
+def gradient_penalty(loss, arguments, main):
+    """The loss and the norm of its gradient."""
+    first, second = main
 
     def penalized(arguments):
-        slope = gradient(loss, arguments, [first])[first]
-        return loss(arguments) + jnp.sqrt(jnp.sum(slope**2))
+        value, slope = loss(arguments), gradient(loss, arguments, [first])[first]
+        return value + jnp.sqrt(jnp.sum(slope**2))
 
-    return gradient(penalized, arguments)
+    return gradient(penalized, arguments, [second])
 
 
-def adversarial_example(loss, arguments):
-    """The first argument moved along the sign of its gradient, then the loss in the others."""
-    first, *others = moving(arguments)
+def adversarial_training(loss, arguments, main):
+    """The loss, and that of one argument moved along the sign of its gradient."""
+    first, second = main
 
     def attacked(arguments):
-        slope = gradient(loss, arguments, [first])[first]
-        return loss(arguments | {first: arguments[first] + 0.1 * jnp.sign(slope)})
+        value, slope = loss(arguments), gradient(loss, arguments, [first])[first]
+        return value + loss(arguments | {first: arguments[first] + 0.1 * jnp.sign(slope)})
 
-    return gradient(attacked, arguments, others)
+    return gradient(attacked, arguments, [second])
 
 
-def teacher(loss, arguments):
-    """The loss beside that of constant parameters."""
+def teacher(loss, arguments, main):
+    """The loss, and that of constant parameters."""
 
     def distilled(arguments):
-        target = loss(stop(arguments, *moving(arguments)))
-        return (loss(arguments) - 0.9 * target) ** 2
+        return loss(arguments) + 0.5 * loss(stop(arguments, main[1]))
 
-    return gradient(distilled, arguments)
-
-
-def vjp_beside_grad(loss, arguments):
-    first, second = moving(arguments)[:2]
-    value, pullback = jax.vjp(lambda x: loss(arguments | {first: x}), arguments[first])
-    return value, pullback(jnp.full_like(value, 2)), gradient(loss, arguments, [second])
+    return gradient(distilled, arguments, main)
 
 
-def hessian_along(order, loss, arguments):
-    """The product of the Hessian with a vector, of all arguments together."""
+def interleaved(loss, arguments, main):
+    """Two pullbacks, made one after the other and called in the same order."""
+
+    def pull_back(name):
+        return jax.vjp(lambda value: loss(arguments | {name: value}), arguments[name])
+
+    (value, first), (_, second) = (pull_back(name) for name in main)
+    return first(value), second(value)
+
+
+def hessian_product_beside_the_loss(loss, arguments, main):
+    first, second = main
+
+    def curved(arguments):
+        value, slope = loss(arguments), gradient(loss, arguments, [first])[first]
+        return value + jnp.sum(slope * jnp.cos(arguments[first]))
+
+    return gradient(curved, arguments, [second])
+
+
+def hessian_product(order, loss, arguments, main):
+    """Of all arguments together."""
     point = {name: arguments[name] for name in moving(arguments)}
     along = jax.tree.map(jnp.cos, point)
 
@@ -124,69 +163,59 @@ def hessian_along(order, loss, arguments):
 
     if order == "forward":
         return jax.jvp(slope, (point,), (along,))[1]
-    return jax.vjp(slope, point)[1](along)[0]
+    return jax.vjp(slope, point)[1](along)
 
 
-def mapped(loss, arguments, names):
-    axes = {name: 0 if name in names else None for name in arguments}
-    stacked = {n: stack(v) if n in names else v for n, v in arguments.items()}
-    return jax.vmap(loss, (axes,))(stacked)
+def vmap_over_each_alone(loss, arguments, main):
+    """The value and the gradient of the main arguments; all but one argument is shared."""
+
+    def both(arguments):
+        return value_and_gradient(loss, arguments, main)
+
+    return [mapped(both, arguments, [name]) for name in moving(arguments)]
 
 
-def vmap_over_each_alone(loss, arguments):
-    """All else is shared."""
-
-    def total(arguments):
-        return sum(mapped(loss, arguments, [name]).sum() for name in moving(arguments))
-
-    return gradient(total, arguments)
+def gradient_of_vmap(loss, arguments, main):
+    """Of all arguments, through a map over one."""
+    return gradient(lambda arguments: mapped(loss, arguments, [main[0]]).sum(), arguments)
 
 
-def vmap_of_gradients(loss, arguments):
-    """Over the first argument, the gradient of the others for each."""
-    first, *others = moving(arguments)
-
-    def slopes(arguments):
-        return gradient(loss, arguments, others)
-
-    return mapped(slopes, arguments, [first])
+def vmap_over_all(loss, arguments, main):
+    return mapped(lambda arguments: gradient(loss, arguments), arguments, moving(arguments))
 
 
-def vmap_over_all(loss, arguments):
-    return mapped(lambda arguments: everything(loss, arguments), arguments, moving(arguments))
-
-
-def training_loop(loss, arguments):
-    """Three steps of gradient descent in a scan."""
-    point = {name: arguments[name] for name in moving(arguments)}
+def training_loop(loss, arguments, main):
+    """Two steps of gradient descent in a scan."""
+    point = {name: arguments[name] for name in main}
 
     def step(point, rate):
-        value, slopes = jax.value_and_grad(lambda p: loss(arguments | p))(point)
+        value, slopes = value_and_gradient(loss, arguments | point, main)
         return jax.tree.map(lambda p, slope: p - rate * slope, point, slopes), value
 
-    return jax.lax.scan(step, point, jnp.array([0.01, 0.02, 0.03], jnp.float32))
+    return jax.lax.scan(step, point, jnp.array([0.01, 0.02], jnp.float32))
 
 
-def scanned(loss, arguments):
-    """The gradient through a scan in which an argument of each step is another."""
-    first = moving(arguments)[0]
+def gradient_of_scan(loss, arguments, main):
+    """With another value of one argument in each step."""
 
     def total(arguments):
-        def step(carry, x):
-            return carry + loss(arguments | {first: x}), None
+        def step(carry, value):
+            return carry + loss(arguments | {main[0]: value}), None
 
-        return jax.lax.scan(step, jnp.zeros((), arguments[first].dtype), stack(arguments[first]))[0]
+        return jax.lax.scan(step, jnp.float32(0), stack(arguments[main[0]]))[0]
 
     return gradient(total, arguments)
 
 
-def skipped(loss, arguments):
-    """The gradient through a branch."""
+def gradient_of_cond(loss, arguments, main):
+    """Each branch stops another gradient."""
+    first, second = main
 
     def total(arguments):
-        return jax.lax.cond(loss(arguments) > -1e6, loss, lambda _: jnp.zeros(()), arguments)
+        branches = (lambda a: loss(stop(a, first))), (lambda a: loss(stop(a, second)))
+        return jax.lax.cond(arguments[first].sum() > 0, *branches, arguments)
 
-    return gradient(total, arguments)
+    return gradient(total, arguments, main)
 
 
 PROGRAMS = {
@@ -194,24 +223,145 @@ PROGRAMS = {
     "each argument alone": each_alone,
     "halves": halves,
     "gradient penalty": gradient_penalty,
-    "adversarial example": adversarial_example,
+    "adversarial training": adversarial_training,
     "teacher": teacher,
-    "vjp beside grad": vjp_beside_grad,
-    "forward over reverse": functools.partial(hessian_along, "forward"),
-    "reverse over reverse": functools.partial(hessian_along, "reverse"),
+    "interleaved": interleaved,
+    "hessian product beside the loss": hessian_product_beside_the_loss,
+    "forward over reverse": functools.partial(hessian_product, "forward"),
+    "reverse over reverse": functools.partial(hessian_product, "reverse"),
     "vmap over each argument alone": vmap_over_each_alone,
-    "vmap of gradients": vmap_of_gradients,
+    "gradient of vmap": gradient_of_vmap,
     "vmap over all arguments": vmap_over_all,
     "training loop": training_loop,
-    "scan": scanned,
-    "cond": skipped,
+    "gradient of scan": gradient_of_scan,
+    "gradient of cond": gradient_of_cond,
+}
+# Every program with the head, and with every other function some that have caught one.
+FEW = ["halves", "vmap over each argument alone"]
+COMBINATIONS = [(PLAIN, name) for name in PROGRAMS]
+COMBINATIONS += [
+    (case, name)
+    for case in (OPTIONAL, SOFT, SIGLIP)
+    for name in (*FEW, "gradient penalty", "teacher", "reverse over reverse", "gradient of scan")
+]
+COMBINATIONS += [(ELEMENTWISE[0], name) for name in PROGRAMS if name.startswith("vmap")]
+COMBINATIONS += [(case, "halves") for case in (*ELEMENTWISE, FLAX, TOP_K, FLAX_TOP_K)]
+
+
+def compare(case, arguments, program, rtol=1e-4):
+    """`program(loss, arguments, main)` with our loss and with the dense one."""
+
+    def run(loss):
+        return jax.jit(functools.partial(program, scalar(loss), main=case.main))(arguments)
+
+    assert_close(run(case.ours), run(case.dense), rtol)
+
+
+@pytest.mark.parametrize(
+    ("case", "program"), COMBINATIONS, ids=[f"{case.name}-{name}" for case, name in COMBINATIONS]
+)
+def test_a_program_gives_what_it_gives_with_dense_code(case, program, rng):
+    jax.clear_caches()  # JAX shares what it has traced between programs
+    compare(case, case.draw(rng), PROGRAMS[program])
+
+
+@over(HEADS)
+def test_a_gradient_is_the_same_after_a_program_that_takes_it_by_halves(case, rng):
+    """In the same process, for the same shapes, without an outer `jax.jit`."""
+    jax.clear_caches()
+    arguments = case.draw(rng)
+    loss, dense = scalar(case.ours), scalar(case.dense)
+    together = halves(loss, arguments, case.main)
+    afterwards = gradient(loss, arguments, case.main)
+    expected = gradient(dense, arguments, case.main)
+    assert_close(afterwards, expected)
+    assert_close(together, expected)
+
+
+# --- rematerialization ---------------------------------------------------------------------------
+
+# Those that keep something on the device, by name.
+POLICIES = {
+    name: getattr(jax.checkpoint_policies, name)
+    for name in dir(jax.checkpoint_policies)
+    if name.endswith(("saveable", "dots", "batch_dims")) and "offload" not in name
 }
 
 
-@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
-@every_case
-def test_a_program_gives_what_it_gives_with_dense_code(case, program, rng):
-    arguments = case.draw(rng)
-    got = jax.jit(functools.partial(program, scalar(case.ours)))(arguments)
-    expected = jax.jit(functools.partial(program, scalar(case.dense)))(arguments)
-    assert_close(got, expected, 1e-4)
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@over([PLAIN])
+def test_remat_by_halves(case, policy, rng):
+    """Whatever may be kept for the backward pass."""
+    jax.clear_caches()
+
+    def program(loss, arguments, main):
+        return halves(jax.checkpoint(loss, policy=policy), arguments, main)
+
+    compare(case, case.draw(rng), program)
+
+
+# --- drawn programs ------------------------------------------------------------------------------
+#
+# Each step makes of a function of the arguments, which returns a number, another such function.
+
+
+def summed_scan(loss, arguments, names):
+    def step(carry, values):
+        return carry + loss(arguments | values), None
+
+    stacked = {name: stack(arguments[name]) for name in names}
+    return jax.lax.scan(step, jnp.float32(0), stacked)[0]
+
+
+def twice(loss, arguments, names):
+    others = [name for name in moving(arguments) if name not in names]
+    return loss(stop(arguments, *names)) + loss(stop(arguments, *others))
+
+
+def with_slope(loss, arguments, names):
+    value, slopes = value_and_gradient(loss, arguments, names)
+    terms = jax.tree.map(lambda slope, at: jnp.sum(slope * jnp.cos(at)), slopes, slopes)
+    return value + sum(jax.tree.leaves(terms))
+
+
+def checkpointed(policy):
+    return lambda loss, arguments, names: jax.checkpoint(loss, policy=policy)(arguments)
+
+
+STEPS = {
+    "jit": lambda loss, arguments, names: jax.jit(loss)(arguments),
+    "stop": lambda loss, arguments, names: loss(stop(arguments, *names)),
+    "twice": twice,
+    "vmap": lambda loss, arguments, names: mapped(loss, arguments, names).sum(),
+    "scan": summed_scan,
+    "remat": checkpointed(None),
+    "remat, all kept": checkpointed(jax.checkpoint_policies.everything_saveable),
+    "remat, products kept": checkpointed(jax.checkpoint_policies.dots_saveable),
+    "slope": with_slope,
+}
+
+
+@st.composite
+def drawn_programs(draw):
+    """A case, three steps with the arguments each is about, and those to differentiate at last."""
+    case = draw(st.sampled_from(HEADS))
+    names = moving(jax.eval_shape(lambda: case.draw(np.random.default_rng(0))))
+    subsets = st.sets(st.sampled_from(names), min_size=1).map(sorted)
+    steps = draw(st.lists(st.tuples(st.sampled_from(list(STEPS)), subsets), min_size=3, max_size=3))
+    # One derivative inside, one outside: a third takes long to compile.
+    kept = [s for i, s in enumerate(steps) if s[0] != "slope" or "slope" not in dict(steps[:i])]
+    return case, kept, draw(subsets)
+
+
+@settings(max_examples=12, phases=[Phase.generate])
+@given(drawn=drawn_programs())
+def test_any_program_three_transformations_deep(drawn):
+    case, steps, names = drawn
+    jax.clear_caches()
+
+    def program(loss, arguments, main):
+        for step, about in steps:
+            loss = functools.partial(STEPS[step], loss, names=about)
+        return value_and_gradient(loss, arguments, names)
+
+    compare(case, case.draw(np.random.default_rng(0)), program, 1e-3)

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 def compiled(tmp_path_factory):
     """Rows by (contender, dtype, case)."""
     output = tmp_path_factory.mktemp("compilers") / "rows.json"
-    options = ["--contenders", *CONTENDERS, "--shape", "2048", "512", "--json", output]
+    options = ["--contenders", *CONTENDERS, "--shape", "8192", "1024", "--json", output]
     command = [sys.executable, BENCHMARKS / "compilers.py", *options, "--cases", *CASES]
     subprocess.run(command, check=True, timeout=600)
     rows = json.loads(output.read_text())

@@ -95,15 +95,15 @@ def _admit(name: str, argument: str, values: Any) -> Any:
     if values is None or isinstance(values, (bool, int, float, complex)):
         return values
     if not isinstance(values, (jax.Array, np.ndarray, np.generic)):
-        raise TypeError(
-            f"{name}: {argument} must be an array or a number, got "
-            f"{type(values).__name__}; wrap it in jax.numpy.asarray"
-        )
+        convertible = isinstance(values, (list, tuple)) or hasattr(values, "__array__")
+        remedy = "wrap it in jax.numpy.asarray" if convertible else "pass an array"
+        kind = type(values).__name__
+        raise TypeError(f"{name}: {argument} must be an array or a number, got {kind}; {remedy}")
     number = values.dtype == bool or jnp.issubdtype(values.dtype, jnp.number)
     if not number or values.dtype.itemsize > 8 * (1 + (values.dtype.kind == "c")):
         raise TypeError(
             f"{name}: {argument} must be an array of numbers of at most 64 bits, got dtype "
-            f"{values.dtype}; convert it, for example with numpy.asarray({argument}, numpy.float32)"
+            f"{values.dtype}; pass one of a float, integer or bool dtype"
         )
     if _is_narrowed(values):
         # As JAX would, but a large number becomes the largest, and not some small one.
@@ -135,10 +135,15 @@ def _check_narrowing(name: str, argument: str, values: Any) -> None:
 def real(name: str, argument: str, values: Any) -> jax.Array:
     """An argument that must be float, integer or bool, as an array."""
     if values is None:
-        raise TypeError(f"{name}: {argument} must be an array or a number, got NoneType")
+        raise TypeError(
+            f"{name}: {argument} must be an array or a number, got NoneType; it is required"
+        )
     array = jnp.asarray(values)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        raise TypeError(f"{name}: {argument} must be float, integer or bool, got {array.dtype}")
+        raise TypeError(
+            f"{name}: {argument} must be float, integer or bool, got {array.dtype}; pass its real "
+            f"part, {argument}.real"
+        )
     return array
 
 
@@ -164,11 +169,15 @@ def shaped(name: str, argument: str, values: Any, shape: tuple[int, ...], axes: 
 
 
 def _remedy(argument: str, got: tuple[int, ...], shape: tuple[int, ...]) -> str:
-    if not shape:
-        return f"pass one number, for example {argument}[0] or {argument}.mean()"
-    if broadcasts(got, shape):
+    if not got:
         return f"use jax.numpy.broadcast_to({argument}, {shape})"
-    return f"reshape it, for example with {argument}[:, None] or {argument}[:, 0]"
+    if got == shape[::-1]:
+        return f"pass {argument}.T"
+    if len(got) != len(shape):
+        return (
+            f"reshape it, for example with {argument}[:, {'0' if len(got) > len(shape) else None}]"
+        )
+    return "all sizes must be equal"
 
 
 def number(name: str, argument: str, value: Any) -> jax.Array:
@@ -200,9 +209,11 @@ def _check_broadcasts(
     name: str, argument: str, shape: tuple[int, ...], against: str, target: tuple[int, ...]
 ) -> None:
     if not broadcasts(shape, target):
+        fewer = len(shape) < len(target)
+        per_row = f"one value per row of a (batch, labels) array is {argument}[:, None]"
         raise ValueError(
             f"{name}: {argument} of shape {shape} does not broadcast to {against} of shape "
-            f"{target}; one value per row of a (batch, labels) array is {argument}[:, None]"
+            f"{target}; {per_row if fewer else 'each of its sizes must be 1 or the same'}"
         )
 
 
@@ -295,6 +306,8 @@ def fraction_or_none(name: str, argument: str, value: Any) -> Any:
 
 def check_fraction(name: str, argument: str, value: Any) -> None:
     """A number known before tracing must lie in [0, 1]."""
+    if value is None:
+        raise TypeError(f"{name}: {argument} must be a number, got None; pass 0.0 for none of it")
     if known(value) and not 0 <= value <= 1:
         raise ValueError(f"{name}: {argument} must be in [0, 1], got {value}")
 
@@ -315,6 +328,18 @@ def static_number(
     if not low <= number < high:
         raise ValueError(f"{name}: {argument} must be {valid}, got {value}")
     return number
+
+
+def check_real_dtype(name: str, argument: str, dtype: Any) -> None:
+    try:
+        real_numbers = jnp.dtype(dtype).kind != "c" and jnp.zeros((), dtype).dtype.kind in "biufV"
+    except TypeError:
+        real_numbers = False
+    if not real_numbers:
+        raise TypeError(
+            f"{name}: {argument} must be a float, integer or bool dtype, got {dtype!r}; "
+            "jax.numpy.uint8 is one"
+        )
 
 
 def check_choice(name: str, argument: str, value: str, choices: tuple[str, ...]) -> None:

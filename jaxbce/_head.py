@@ -158,6 +158,8 @@ def linear_top_k(
     name = "linear_top_k"
     devices = _sharding.Devices.named(name, chunk_size, None)
     arrays = _checks.admit(name, features=features, kernel=kernel, bias=bias)
+    num_labels = next(reversed(jnp.shape(arrays[1])), None)
+    _checks.check_size(name, "k", k, num_labels if isinstance(num_labels, int) else None)
     best: tuple[jax.Array, jax.Array] = _top_k(*arrays, name=name, k=k, devices=devices)
     return best
 
@@ -270,7 +272,6 @@ def _top_k(
 ) -> tuple[jax.Array, jax.Array]:
     features, kernel, bias = _prepare_layer(name, features, kernel, bias)
     num_labels = kernel.shape[1]
-    _checks.check_size(name, "k", k, num_labels)
     lead = features.shape[:-1]
     features = features.reshape(math.prod(lead), features.shape[-1])
     how = devices.over(name, features.shape[0], num_labels)

@@ -30,7 +30,7 @@ def multi_hot(
       An array [..., L] of `dtype`.
 
     Raises:
-      TypeError: positives are not an integer array.
+      TypeError: positives are not an integer array, or dtype is none of real numbers.
       ValueError: positives have no axis, or num_labels is not a non-negative int.
 
     Edge values: any id outside [0, L) is padding, duplicates count once. Under `checked` an id
@@ -48,6 +48,7 @@ def multi_hot(
     """
     name = "multi_hot"
     _checks.check_size(name, "num_labels", num_labels, least=0)
+    _checks.check_real_dtype(name, "dtype", dtype)
     (positives,) = _checks.admit(name, positives=positives)
     result: jax.Array = _multi_hot_of(
         positives, name=name, num_labels=num_labels, dtype=jnp.dtype(dtype)

@@ -88,7 +88,9 @@ def elementwise_loss(
     if dense:
         return _kernels.over(_kernels.bce_with_logits_forward, 2)(logits, labels, pos_weight)
     # One array of a chunk less, where no gradient of the labels themselves is wanted.
-    positive = labels if pos_weight is None else pos_weight * labels
+    positive = (
+        labels if pos_weight is None else _kernels.over(_kernels.annihilate, 2)(labels, pos_weight)
+    )
     return _kernels.over(_kernels.softplus_mix, 2)(logits, 1 - labels, positive)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import numpy as np
@@ -64,7 +65,8 @@ class BCEWithLogitsLoss:
     def __post_init__(self) -> None:
         name = type(self).__name__
         _checks.check_choice(name, "reduction", self.reduction, _reduce.REDUCTIONS)
-        _checks.check_fraction(name, "label_smoothing", self.label_smoothing)
+        above = math.nextafter(1, 2)
+        _checks.static_number(name, "label_smoothing", self.label_smoothing, "in [0, 1]", 0, above)
 
     def __call__(
         self, logits: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None = None

@@ -78,10 +78,16 @@ class Devices:
         """`axes`: the arguments that name the axes of the mesh for rows and labels."""
         if chunk_size is not None:
             _checks.check_size(name, "chunk_size", chunk_size)
+        if not isinstance(mesh, Mesh | None):
+            raise TypeError(
+                f"{name}: mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}; make one "
+                "with jax.make_mesh"
+            )
         given = [axis for axis in axes.values() if axis is not None]
         if (mesh is None) != (not given):
             raise ValueError(
-                f"{name}: mesh and {' or '.join(axes)} go together, got only one of them"
+                f"{name}: mesh and {' or '.join(axes)} go together, got only "
+                f"{'mesh' if mesh is not None else f'the axis {given[0]!r}'}"
             )
         if len(set(given)) < len(given):
             raise ValueError(

@@ -145,13 +145,17 @@ def test_a_parameter_is_its_array(argument, value, call):
     ("change", "message"),
     [
         (lambda v: v.tolist(), "or a number, got list; wrap it in jax.numpy.asarray"),
+        (lambda v: "text", "or a number, got str; pass an array"),
         (Series, "or a number, got Series; wrap it in jax.numpy.asarray"),
-        (lambda v: v.astype(object), "of numbers of at most 64 bits, got dtype object; convert"),
+        (
+            lambda v: v.astype(object),
+            "of numbers of at most 64 bits, got dtype object; pass one of a float",
+        ),
         (lambda v: v.astype(str), "of numbers of at most 64 bits, got dtype <U"),
         (lambda v: v.astype(np.longdouble), "of numbers of at most 64 bits, got dtype float128"),
         (lambda v: jax.random.key(0), "of numbers of at most 64 bits, got dtype key"),
     ],
-    ids=["list", "pandas", "object", "text", "long double", "key"],
+    ids=["list", "str", "pandas", "object", "text", "long double", "key"],
 )
 def test_what_is_no_array_of_numbers(argument, value, call, change, message, request):
     name = request.node.callspec.id.rsplit("-", 1)[-1]
@@ -227,6 +231,86 @@ def test_a_known_number_is_in_its_range(call, number):
 def test_clip_none_says_what_turns_it_off():
     with pytest.raises(TypeError, match=r"clip must be a number, got None; pass 0\.0"):
         jaxbce.asymmetric_loss(X, X, clip=None)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: jaxbce.linear_top_k(FEATURES, KERNEL, k=jnp.array(1)),
+            ValueError,
+            r"linear_top_k: k must be an int of at least 1 and at most 3, got Array",
+        ),
+        (
+            lambda: jaxbce.linear_bce_with_logits(
+                FEATURES, KERNEL, positives=IDS, mesh="x", batch_axis="x"
+            ),
+            TypeError,
+            r"linear_bce_with_logits: mesh must be a jax.sharding.Mesh, got str",
+        ),
+        (
+            lambda: jaxbce.siglip_loss(FEATURES, FEATURES, 0.0, 0.0, mesh="x", axis="x"),
+            TypeError,
+            r"siglip_loss: mesh must be a jax.sharding.Mesh, got str",
+        ),
+        (
+            lambda: jaxbce.multi_hot(IDS, 3, dtype="float31"),
+            TypeError,
+            r"multi_hot: dtype must be a float, integer or bool dtype, got 'float31'",
+        ),
+        (
+            lambda: jaxbce.multi_hot(IDS, 3, dtype=complex),
+            TypeError,
+            r"multi_hot: dtype must be a float, integer or bool dtype, got <class 'complex'>",
+        ),
+        (
+            lambda: jaxbce.siglip_loss(FEATURES, FEATURES[:3], 0.0, 0.0),
+            ValueError,
+            r"text_embeddings must have shape .* got \(3, 2\).*all sizes must be equal",
+        ),
+        (
+            lambda: jaxbce.linear_bce_with_logits(FEATURES, KERNEL, labels=X.T),
+            ValueError,
+            r"labels must have shape .* pass labels.T",
+        ),
+        (
+            lambda: jaxbce.linear_bce_with_logits(FEATURES, KERNEL, positives=IDS, weight=2.0),
+            ValueError,
+            r"weight must have shape .* use jax.numpy.broadcast_to\(weight, \(4,\)\)",
+        ),
+        (
+            lambda: jaxbce.bce_with_logits(X, X, weight=X[None]),
+            ValueError,
+            r"weight of shape \(1, 4, 3\) .* each of its sizes must be 1 or the same",
+        ),
+        (
+            lambda: jaxbce.bce_with_logits(X, X, label_smoothing=None),
+            TypeError,
+            r"label_smoothing must be a number, got None; pass 0.0",
+        ),
+        (
+            lambda: jaxbce.BCEWithLogitsLoss(label_smoothing=jnp.array(0.1)),
+            TypeError,
+            r"label_smoothing must be a Python number",
+        ),
+    ],
+    ids=[
+        "k on a device",
+        "mesh of the head",
+        "mesh of pairs",
+        "unknown dtype",
+        "complex dtype",
+        "fewer texts",
+        "transposed labels",
+        "one weight for all rows",
+        "weight of more axes",
+        "no smoothing",
+        "smoothing on a device",
+    ],
+)
+def test_the_message_says_what_helps(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
 
 
 @pytest.mark.parametrize("argument", ["log_scale", "bias"])

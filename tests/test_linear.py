@@ -280,6 +280,27 @@ def test_divisors(reduction, rng):
     )
 
 
+@pytest.mark.parametrize("target", ["positives", "labels"])
+def test_an_infinite_pos_weight_of_a_label_without_positives_is_its_plain_loss(target, rng):
+    arguments = {k: v for k, v in draw(rng).items() if k != "label_smoothing"}
+    del arguments["weight"]
+    if target == "labels":
+        arguments["labels"] = jnp.asarray(multi_hot(POSITIVES), np.float32)
+        del arguments["positives"]
+    absent = np.flatnonzero(multi_hot(POSITIVES).sum(0) == 0)
+    loss = functools.partial(head, chunk_size=4)
+    expected = value_and_gradients(
+        loss, arguments | {"pos_weight": arguments["pos_weight"].at[absent].set(1)}
+    )
+    got = value_and_gradients(
+        loss, arguments | {"pos_weight": arguments["pos_weight"].at[absent].set(jnp.inf)}
+    )
+    for gradients in (got[1], expected[1]):
+        gradients.pop("labels", None)  # infinite there
+        assert not gradients["pos_weight"][absent].any()
+    assert_close(got, expected)
+
+
 # --- transformations -----------------------------------------------------------------------------
 
 

@@ -364,3 +364,58 @@ def test_any_program_three_transformations_deep(drawn):
         return value_and_gradient(loss, arguments, names)
 
     compare(case, case.draw(np.random.default_rng(0)), program, 1e-3)
+
+
+# --- flags ---------------------------------------------------------------------------------------
+
+FLAGS = {
+    "x64": lambda: jax.enable_x64(True),
+    "debug_nans": lambda: jax.debug_nans(True),
+    "standard promotion": lambda: jax.numpy_dtype_promotion("standard"),
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+@over([ELEMENTWISE[0], OPTIONAL, SOFT, SIGLIP, FLAX, TOP_K, FLAX_TOP_K])
+def test_a_flag_changes_nothing(case, flag, rng):
+    """Called eagerly, as one does who looks for a NaN; strict promotion is on anyway."""
+    with FLAGS[flag]():
+        arguments = case.draw(rng)
+        got = value_and_gradient(scalar(case.ours), arguments)
+        assert_close(got, value_and_gradient(scalar(case.dense), arguments))
+        assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {np.dtype(np.float32)}
+
+
+@over([SOFT, SIGLIP, FLAX, TOP_K])
+def test_float64(case, rng):
+    with jax.enable_x64(True):
+        arguments = {
+            name: value.astype(np.float64) if name in moving(case.draw(rng)) else value
+            for name, value in case.draw(rng).items()
+        }
+        compare(case, arguments, everything, 1e-12)
+
+
+def test_debug_nans_with_nan_behind_a_mask(rng):
+    case = ELEMENTWISE[0]
+    clean = case.draw(rng)
+    dirty = clean | {"labels": jnp.where(clean["where"], clean["labels"], jnp.nan)}
+    with jax.debug_nans(True):
+        value, slopes = value_and_gradient(case.ours, dirty)
+    assert_close((value, slopes), value_and_gradient(case.dense, clean))
+
+
+@over([ELEMENTWISE[0], SOFT, SIGLIP])
+def test_a_step_with_donated_parameters(case, rng):
+    def step(parameters, arguments, loss):
+        slopes = gradient(scalar(loss), arguments | parameters, case.main)
+        return jax.tree.map(lambda p, slope: p - 0.1 * slope, parameters, slopes)
+
+    results = []
+    for loss in (case.ours, case.dense):
+        arguments = case.draw(np.random.default_rng(0))
+        parameters = {name: arguments.pop(name) for name in case.main}
+        donating = jax.jit(functools.partial(step, loss=loss), donate_argnums=0)
+        results.append(donating(parameters, arguments))
+        assert all(value.is_deleted() for value in parameters.values())
+    assert_close(*results)

@@ -158,7 +158,7 @@ def linear_top_k(
     name = "linear_top_k"
     devices = _sharding.Devices.named(name, chunk_size, None)
     arrays = _checks.admit(name, features=features, kernel=kernel, bias=bias)
-    num_labels = next(reversed(jnp.shape(arrays[1])), None)
+    num_labels = next(reversed(getattr(arrays[1], "shape", ())), None)
     _checks.check_size(name, "k", k, num_labels if isinstance(num_labels, int) else None)
     best: tuple[jax.Array, jax.Array] = _top_k(*arrays, name=name, k=k, devices=devices)
     return best

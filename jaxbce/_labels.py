@@ -363,7 +363,7 @@ def _kept_per_label(where: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array
 def _check_positive(name: str, argument: str, value: Any) -> None:
     """A real number; unless it is traced, it must be greater than 0, which NaN is not."""
     _checks.number(name, argument, value)
-    if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value) > 0):
+    if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value).astype(float) > 0):
         raise ValueError(f"{name}: {argument} must be positive, got {value}")
 
 

@@ -31,7 +31,8 @@ def common_spec(*arrays: jax.Array | None) -> PartitionSpec:
     The others broadcast to the shape of the first.
     """
     first = arrays[0]
-    assert first is not None
+    if first is None:  # which its check refuses
+        return PartitionSpec()
     spec: list[Any] = [None] * first.ndim
     for array in arrays:
         if array is not None and array.ndim <= first.ndim:

@@ -135,6 +135,42 @@ class Series:
         return np.asarray(self.value, dtype)
 
 
+@pytest.mark.parametrize(
+    ("call", "argument"),
+    [
+        (lambda: jaxbce.bce_with_logits(None, X), "logits"),
+        (lambda: jaxbce.sigmoid_binary_cross_entropy(None, X), "logits"),
+        (lambda: jaxbce.sigmoid_binary_cross_entropy(X, None), "labels"),
+        (lambda: jaxbce.bce(None, X, reduction="none"), "probs"),
+        (lambda: jaxbce.sparse_bce_with_logits(X, None), "positives"),
+        (lambda: jaxbce.linear_bce_with_logits(None, KERNEL, positives=IDS), "features"),
+        (lambda: jaxbce.linear_bce_with_logits(FEATURES, None, positives=IDS), "kernel"),
+        (lambda: jaxbce.linear_top_k(FEATURES, None, k=1), "kernel"),
+        (lambda: jaxbce.siglip_loss(None, FEATURES, 0.0, 0.0), "image_embeddings"),
+        (lambda: jaxbce.siglip_loss(FEATURES, FEATURES, None, 0.0), "log_scale"),
+        (lambda: jaxbce.multi_hot(None, 3), "positives"),
+        (lambda: jaxbce.positives_from_multi_hot(None, 3), "labels"),
+    ],
+    ids=[
+        "bce_with_logits",
+        "sigmoid_binary_cross_entropy, logits",
+        "sigmoid_binary_cross_entropy, labels",
+        "bce",
+        "sparse_bce_with_logits",
+        "linear_bce_with_logits, features",
+        "linear_bce_with_logits, kernel",
+        "linear_top_k",
+        "siglip_loss, images",
+        "siglip_loss, scale",
+        "multi_hot",
+        "positives_from_multi_hot",
+    ],
+)
+def test_what_is_required(call, argument):
+    with pytest.raises(TypeError, match=f"{argument} must be .* got NoneType; it is required"):
+        call()
+
+
 @every_call
 def test_a_parameter_is_its_array(argument, value, call):
     assert jax.tree.all(jax.tree.map(np.array_equal, call(Parameter(value)), call(value)))

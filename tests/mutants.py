@@ -52,8 +52,6 @@ MUTANTS = {
                 ("jnp.where(x > 0, a, b), a + b", "jnp.where(x < 0, a, b), a + b"),
                 ("jnp.where(x > 0, a, b), a + b", "jnp.where(x > 0, a, b), a - b"),
                 ("jnp.where(x > 0, 1 - y, y), 1)", "jnp.where(x > 0, y, 1 - y), 1)"),
-                ("softplus_mix_value(x, 1 - y, q * y)", "softplus_mix_value(x, q - y, q * y)"),
-                ("sigmoid_mix(x, 1 - y, q * y), d_labels", "sigmoid_mix(x, 1 - y, y), d_labels"),
                 ("a - tail, tail - b)", "a - tail, tail + b)"),
                 ("(p - y) / spread(p), -log_odds(p)", "(p - y) * spread(p), -log_odds(p)"),
             ],
@@ -114,7 +112,6 @@ MUTANTS = {
                 ("loss = loss * weight", "pass"),
                 ("per_row = reduction ==", "per_row = reduction !="),
                 ("where = jnp.any(where, axis=-1)", "where = jnp.all(where, axis=-1)"),
-                ("* (math.prod(units) // max(where.size, 1))", ""),
                 ("count_kept(where, units, per_row, loss.dtype), 1)", "loss.size, 1)"),
             ],
             "test_nothing_kept_gives_zero_and_no_gradient": [
@@ -125,7 +122,6 @@ MUTANTS = {
             ],
             "test_empty_arrays_give_zero": [
                 ("max(math.prod(units), 1)", "math.prod(units)"),
-                ("max(where.size, 1)", "where.size"),
             ],
             "test_garbage_behind_a_mask_or_a_zero_weight_leaves_no_trace": [
                 ("(weight != 0) | jnp.isfinite(values)", "weight == weight"),
@@ -138,9 +134,6 @@ MUTANTS = {
             "test_unreduced_sums_to_the_sum": [
                 ('if reduction == "none":', 'if reduction == "sum":'),
             ],
-            "test_a_large_mask_is_counted_exactly": [
-                ("jnp.int32 if 2**24 < where.size < 2**31 else jnp.float32", "jnp.float32"),
-            ],
         },
     },
     "_checks": {
@@ -148,17 +141,7 @@ MUTANTS = {
             "test_checked_names_function_argument_and_value": [
                 ("with _value_checks(True):", "with _value_checks(False):"),
                 ("ok = (values >= 0) & (values <= 1)", "ok = ~((values < 0) | (values > 1))"),
-                ("jnp.ravel(values)[jnp.argmin(ok)]", "jnp.ravel(values)[0]"),
             ],
-            "test_checked_ignores_what_is_not_kept": [("ok |= ~keep", "pass")],
-            "test_bad_arguments": [
-                ("if labels.shape != self.shape:", "if labels.size != self.scores.size:"),
-                ("fits = np.broadcast_shapes(shape, target) == target", "fits = len(shape) <= 2"),
-                ("if dtype != jnp.bool_:", "if False:"),
-                ("isinstance(values, ARRAY_TYPES)", "isinstance(values, object)"),
-                ("jnp.issubdtype(dtype, jnp.complexfloating)", "False"),
-            ],
-            "test_label_smoothing_must_be_one_number": [("if number.ndim:", "if False:")],
             "test_unknown_reduction_lists_the_valid_ones": [("value not in choices:", "False:")],
             "test_label_smoothing_out_of_range": [("and not 0 <= value <= 1:", "and value < 0:")],
             "test_checked_on_an_empty_array": [("or not values.size:", ":")],
@@ -167,33 +150,19 @@ MUTANTS = {
             ],
         },
         "test_losses.py": {
-            "test_float64": [
-                ("jnp.float64 if dtype == jnp.float64 else jnp.float32", "jnp.float32"),
-            ],
             "test_divisors": [
                 ("jnp.expand_dims(where, range(len(target) - where.ndim))", "where"),
-            ],
-            "test_explicitly_sharded_inputs": [
-                (", out_sharding=jax.typeof(self.scores).sharding", ""),
             ],
         },
         "test_labels.py": {
             "test_checked_positives": [("inside | (ids == -1)", "inside | (ids < 0)")],
-            "test_multi_hot_of_any_integer_dtype": [("if dtype.itemsize < 4:", "if False:")],
-            "test_multi_hot_does_not_wrap_a_wide_id": [("if dtype.itemsize < 4:", "if True:")],
             "test_multi_hot": [("jnp.where(inside, ids, num_labels)", "jnp.abs(ids)")],
             "test_multi_hot_shapes": [("or value < least or", "or value <= least or")],
             "test_count_errors": [("if len(given) != 1:", "if len(given) > 1:")],
-            "test_sparse_loss_errors": [
-                ("if ids.shape[:-1] != self.shape[:-1]:", "if ids.ndim != len(self.shape):"),
-            ],
         },
         "test_focal.py": {
             "test_hyper_parameters_out_of_range": [
                 ("not low <= number < high", "number < low or number >= high"),
-            ],
-            "test_a_traced_hyper_parameter_says_how_to_make_it_static": [
-                ("not isinstance(value, numbers.Real)", "False"),
             ],
         },
         "test_linear.py": {
@@ -203,7 +172,6 @@ MUTANTS = {
             ],
             "test_errors_name_the_argument": [
                 ("array.shape != shape:", "array.ndim != len(shape):"),
-                ("if floating and not", "if False and not"),
             ],
         },
     },
@@ -212,48 +180,19 @@ MUTANTS = {
             "test_label_smoothing_goes_toward_one_half": [
                 ("y = y * (1 - a) + a / 2", "y = y * (1 - a) + a"),
             ],
-            "test_checked_traced_label_smoothing": [
-                ('check.unit_interval("label_smoothing", a)', "pass"),
-            ],
-            "test_checked_probabilities": [('if check.scores_name == "probs":', "if False:")],
-            "test_checked_ignores_what_is_not_kept": [
-                ('check.unit_interval("labels", y, keep)', 'check.unit_interval("labels", y)'),
-            ],
         },
         "test_losses.py": {
             "test_garbage_behind_a_mask_or_a_zero_weight_leaves_no_trace": [
-                ("x = jnp.where(keep, x, 0)", "pass"),
-                ("y = jnp.where(keep, y, 0)", "pass"),
-                ("bound = y + (", "bound = ("),
-                ("(jnp.sqrt(x * (1 - x)) if kernel is _kernels.bce else x)", "x"),
-                ("bound * jnp.maximum(extra, 1)", "bound"),
                 ("weight, keep, where, reduction)", "weight, keep, keep, reduction)"),
             ],
-            "test_forward_mode_only_where_promised": [
-                ("_kernels.bce_with_logits_forward if", "_kernels.bce_with_logits if"),
-            ],
-            "test_divisors": [
-                (
-                    '        weight,\n        label_smoothing,\n        where,\n        "none",',
-                    '        None,\n        label_smoothing,\n        where,\n        "none",',
-                ),
-            ],
         },
-        "test_labels.py": {
-            "test_sparse_loss_equals_the_dense_one_exactly": [
-                (
-                    "        reduction,\n        sparse=True,",
-                    '        "mean",\n        sparse=True,',
-                ),
-            ],
-        },
+        "test_labels.py": {},
     },
     "_labels": {
         "test_labels.py": {
             "test_multi_hot": [('dtype), mode="drop")', 'dtype), mode="clip")')],
             "test_positives_from_multi_hot": [
                 ("int(counts.max(initial=0))", "int(counts.min(initial=9))"),
-                ("fill_value=-1", "fill_value=0"),
             ],
             "test_positives_of_nothing": [("counts.max(initial=0)", "counts.max()")],
             "test_checked_labels": [
@@ -262,27 +201,15 @@ MUTANTS = {
             ],
             "test_checked_counts": [("(masked >= 0) & (masked <= 1)", "masked >= 0")],
             "test_balanced_pos_weight": [
-                ("(kept - count) / jnp.maximum(count, 1)", "(kept - count) / count"),
-                ("(kept - count) / jnp.maximum(count, 1)", "kept / jnp.maximum(count, 1)"),
-                ("jnp.minimum(weight, max_weight)", "jnp.maximum(weight, max_weight)"),
                 ("prepend=-1", "prepend=0"),
-                (
-                    "ids = jnp.sort(_checks.check_positives(name, positives, num_labels), axis=-1)",
-                    "ids = _checks.check_positives(name, positives, num_labels)",
-                ),
                 ("counted = jnp.diff(ids, axis=-1, prepend=-1) != 0", "counted = ids >= 0"),
-                ("counted &= where", "where"),
-                ("at if size > 1 else 0 for", "at for"),
-                ("repeats = rows // max(math.prod(where.shape[:-1]), 1)", "repeats = 1"),
             ],
             "test_prior_bias": [
-                ("(kept - count + 0.5)", "(kept + 0.5)"),
                 ("jnp.log((count + 0.5)", "jnp.log(count"),
             ],
             "test_unknown_labels_are_left_out": [
                 ("jnp.where(where, labels, 0)", "labels"),
             ],
-            "test_max_weight_must_be_positive": [("not max_weight > 0", "max_weight < 0")],
             "test_counts_keep_their_dtype_and_transform": [
                 ("jnp.float64 if labels.dtype == jnp.float64 else jnp.float32", "jnp.float32"),
             ],
@@ -369,17 +296,12 @@ MUTANTS = {
         },
     },
     "_linear": {
-        "test_sharding.py": {
-            "test_plain_positives_are_ids_of_the_whole_kernel": [
-                ("and primal is not None and primal.perturbed", "and primal is not None"),
-            ],
-        },
+        "test_sharding.py": {},
         "test_linear.py": {
             "test_plain_positives_match_the_oracle": [
                 ("(local >= 0) & (local < size), local, size", "local < size, local, size"),
                 (".set(-1, mode=", ".add(-2, mode="),
                 ("_kernels.softplus, 2)(signs * logits)", "_kernels.softplus, 2)(-signs * logits)"),
-                ("starts = jnp.arange(whole) * chunk_size", "starts = jnp.arange(whole)"),
                 ("return (rows + more, gradients), None", "return (more, gradients), None"),
                 ("return gradients[name] + part", "return part"),
                 ("positives, offset + start, size", "positives, offset, size"),
@@ -388,34 +310,21 @@ MUTANTS = {
                 ("+ label_smoothing / 2", "+ label_smoothing"),
                 ("labels * (1 - label_smoothing) +", "labels +"),
                 ("labels = jnp.maximum(-signs, 0)", "labels = jnp.maximum(signs, 0)"),
-                ("labels if pos_weight is None else pos_weight * labels", "labels"),
                 ("logits if bias is None else logits + bias[None]", "logits"),
-                ("(g * gradient.astype(g.dtype))", "gradient"),
                 ("operands._replace(scale=g)", "operands"),
                 ("loss * scale[:, None]", "loss"),
             ],
             "test_empty": [
                 ("max(num_labels - 1, 0)", "(num_labels - 1)"),
             ],
-            "test_kernel_gradient_of_a_fitted_head": [
-                ("preferred_element_type=accumulator(a)", "preferred_element_type=a.dtype"),
-            ],
             "test_a_row_of_weight_zero_hides_an_infinite_loss": [
                 ("jnp.where(scale == 0, 0, rows * scale)", "rows * scale"),
                 ("jnp.where(scale[:, None] == 0, 0, slope)", "slope"),
                 ("jnp.where((scale == 0) & ~jnp.isfinite(rows), 0, rows)", "rows"),
             ],
-            "test_gradients_have_the_dtype_of_their_argument": [
-                ('slopes["labels"].astype(operands.labels.dtype)', 'slopes["labels"]'),
-                (
-                    'gradients["kernel"] = product(operands.features, slope, 0, 0).astype(dtype)',
-                    'gradients["kernel"] = product(operands.features, slope, 0, 0)',
-                ),
-            ],
             "test_top_k_is_that_of_the_dense_logits": [
                 ("return values, ids + start", "return values, ids"),
                 ("zip(best, best_of(start, chunk_size)", "zip(best_of(start, chunk_size), best"),
-                ("first + jnp.arange(whole) * chunk_size", "jnp.arange(whole) * chunk_size"),
             ],
         },
     },
@@ -442,21 +351,12 @@ MUTANTS = {
             "test_a_weight_of_zero_has_a_gradient": [
                 ("(weight != 0) | jnp.all(jnp.isfinite(features), axis=1)", "weight != 0"),
             ],
-            "test_checked_ignores_the_labels_of_a_row_of_weight_zero": [
-                ("ok = ok | (weight == 0)[:, None]", "pass"),
-            ],
             "test_divisors": [
-                ('{"mean": batch * num_labels, "batchmean": batch}', '{"mean": batch}'),
                 ("loss, weight, None, None", "loss, None, None, None"),
-            ],
-            "test_empty": [("max(divisors.get(reduction, 1), 1)", "divisors.get(reduction, 1)")],
-            "test_checked": [
-                ('ok, "in [0, 1]")\n\n    divisors', 'ok | True, "in [0, 1]")\n\n    divisors'),
             ],
             "test_top_k_is_that_of_the_dense_logits": [
                 ("max(how.chunk_size, k)", "how.chunk_size")
             ],
-            "test_top_k_out_of_range": [('_checks.check_size(name, "k", k, num_labels)', "pass")],
         },
     },
     "_sharding": {
@@ -470,19 +370,9 @@ MUTANTS = {
                 ('"labels": PartitionSpec(batch, label)', '"labels": PartitionSpec(batch, None)'),
                 ('"pos_weight": PartitionSpec(label)', '"pos_weight": PartitionSpec()'),
             ],
-            "test_explicit_axes": [("jax.reshard(array, NamedSharding(self.mesh, spec))", "array")],
-            "test_errors_name_the_axis": [
-                ("if axis not in mesh.shape:", "if False:"),
-                ("if size % mesh.shape[axis]:", "if False:"),
-                ("if (mesh is None) != (batch_axis is None and label_axis is None):", "if False:"),
-            ],
-            "test_siglip_loss_names_its_axis": [
-                ("zip(axes.items(), sizes, strict=False)", "zip((), sizes, strict=False)"),
-            ],
         },
         "test_linear.py": {
             "test_errors_name_the_argument": [("if chunk_size is not None:", "if chunk_size:")],
-            "test_empty": [("labels), 1)\n", "labels), 0)\n")],
         },
     },
     "_siglip": {
@@ -490,18 +380,12 @@ MUTANTS = {
             "test_siglip_loss_is_that_of_all_pairs": [
                 ("jnp.exp(log_scale.astype(dtype))", "log_scale.astype(dtype)"),
                 ("jnp.broadcast_to(bias.astype(dtype), batch)", "None"),
-                ("jnp.arange(batch)[:, None]", "jnp.zeros((batch, 1), jnp.int32)"),
-                ("1 / max(batch, 1)", "1 / max(batch * batch, 1)"),
             ],
-            "test_siglip_loss_of_nothing": [("1 / max(batch, 1)", "1 / batch")],
             "test_siglip_loss_errors": [
                 ("if images.ndim != 2:", "if False:"),
-                ("        shape=images.shape,\n", ""),
             ],
         },
-        "test_sharding.py": {
-            "test_siglip_loss_names_its_axis": [('{"axis": axis}', '{"images": axis}')],
-        },
+        "test_sharding.py": {},
     },
     "_module": {
         "test_module.py": {

@@ -21,29 +21,36 @@ from jax.custom_derivatives import SymbolicZero
 
 Kernel = Callable[..., jax.Array]
 Partials = Callable[..., tuple[jax.Array | None, ...]]
+Decorator = Callable[[Kernel, Partials], Kernel]
+
+
+def total(terms: list[jax.Array], like: jax.Array) -> jax.Array:
+    """Their sum, 0 if there are none."""
+    result: jax.Array = functools.reduce(operator.add, terms) if terms else jnp.zeros_like(like)
+    return result
 
 
 def along(tangents: Any, slopes: Any, like: jax.Array) -> jax.Array:
-    """Σ tangent · slope, without what is constant or has no derivative."""
+    """Σ tangent · slope, where a slope of None is 0."""
     # The tangents are not tested for zero by value: that could not be transposed.
-    terms = [
-        tangent * slope
-        for tangent, slope in zip(tangents, slopes, strict=True)
-        if slope is not None and not isinstance(tangent, SymbolicZero)
-    ]
-    # None where all that moves has no derivative, as a label in what no longer depends on it.
-    total: jax.Array = functools.reduce(operator.add, terms) if terms else jnp.zeros_like(like)
-    return total
+    pairs = zip(tangents, slopes, strict=True)
+    return total([tangent * slope for tangent, slope in pairs if slope is not None], like)
 
 
 def with_jvp(value: Kernel, partials: Partials) -> Kernel:
     """`value` with `partials` as its derivatives, in forward and reverse mode."""
-    # Traced once as a scalar, whatever it is mapped over.
+    # Both are traced once as scalars, whatever they are mapped over, and slopes only where needed.
     kernel = jax.custom_jvp(jax.jit(value, inline=True))
+
+    @functools.partial(jax.jit, static_argnums=0, inline=True)
+    def slopes(moving: tuple[bool, ...], *primals: jax.Array | None) -> list[jax.Array | None]:
+        every = partials(*primals)
+        return [slope if moves else None for slope, moves in zip(every, moving, strict=True)]
 
     def jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
         result = kernel(*primals)
-        return result, along(tangents, partials(*primals), result)
+        moving = tuple(not isinstance(tangent, SymbolicZero) for tangent in tangents)
+        return result, along(tangents, slopes(moving, *primals), result)
 
     kernel.defjvp(jvp, symbolic_zeros=True)
     return kernel
@@ -73,6 +80,21 @@ def with_vjp(value: Kernel, partials: Partials) -> Kernel:
 
     kernel.defvjp(fwd, bwd)
     return kernel
+
+
+def family(
+    value: Kernel, partials: Partials, decorate: Decorator = with_jvp
+) -> Callable[..., Kernel]:
+    """For constants, the last arguments of `value` and `partials`, their kernel; each made once."""
+
+    @functools.cache
+    def kernel_of(*constants: Any) -> Kernel:
+        return decorate(
+            lambda *inputs: value(*inputs, *constants),
+            lambda *inputs: partials(*inputs, *constants),
+        )
+
+    return kernel_of
 
 
 def accumulator(*arrays: jax.Array) -> Any:
@@ -198,7 +220,7 @@ def sigmoid(x: jax.Array) -> jax.Array:
     return sigmoid_minus(x, jnp.zeros_like(x))
 
 
-# sigmoid'(x) = sigmoid(x) sigmoid(-x), and sigmoid''(x) = -sigmoid'(x) tanh(x / 2)
+# sigmoid'(x) = sigmoid(x) sigmoid(-x), and sigmoid''(x) = -sigmoid'(x) sigmoid_excess(x)
 
 
 def sigmoid_slope_value(x: jax.Array) -> jax.Array:
@@ -207,10 +229,40 @@ def sigmoid_slope_value(x: jax.Array) -> jax.Array:
 
 
 def sigmoid_slope_partials(x: jax.Array) -> tuple[jax.Array]:
-    return (-sigmoid_slope(x) * jnp.tanh(x / 2),)
+    return (-sigmoid_slope(x) * sigmoid_excess(x),)
 
 
 sigmoid_slope = with_jvp(sigmoid_slope_value, sigmoid_slope_partials)
+
+
+# sigmoid_excess(x) = sigmoid(x) - sigmoid(-x) = tanh(x / 2), also right near 0
+
+
+def sigmoid_excess_value(x: jax.Array) -> jax.Array:
+    return jnp.tanh(x / 2)
+
+
+def sigmoid_excess_partials(x: jax.Array) -> tuple[jax.Array]:
+    return (2 * sigmoid_slope(x),)
+
+
+sigmoid_excess = with_jvp(sigmoid_excess_value, sigmoid_excess_partials)
+
+
+# unshared(x) = x, for the derivatives of a loss: what they and the loss share, XLA would write to
+# memory. It does not know that the two are equal.
+
+
+def unshared_value(x: jax.Array) -> jax.Array:
+    magnitude = jnp.maximum(x, -x)
+    return jnp.where(x < 0, -magnitude, magnitude)
+
+
+def unshared_partials(x: jax.Array) -> tuple[jax.Array]:
+    return (jnp.ones_like(x),)
+
+
+unshared = with_jvp(unshared_value, unshared_partials)
 
 
 # loss(x, y, q) = (1 - y) softplus(x) + q y softplus(-x), with q = 1 for None

@@ -13,7 +13,6 @@ from jaxbce import _checks, _kernels
 from jaxbce._kernels import annihilate, annihilate_value
 from jaxbce._losses import Elementwise, evaluate, extent_of_logits
 
-
 # product(a, b) = a b, where an a of 0 annihilates an infinite b. So does its slope, which is taken
 # to be 0 there: below, b is infinite at infinite logits only, and a then constant
 

@@ -41,19 +41,20 @@ MINUS_BY_Y = {"c": "x", "s": "1"}
 
 class Factors(NamedTuple):
     m: jax.Array
-    log_m: jax.Array
+    log_m: jax.Array | None
     pq: jax.Array
     c: jax.Array
     s: jax.Array
 
 
-def factors_at(x: jax.Array, y: jax.Array) -> Factors:
+def factors_at(x: jax.Array, y: jax.Array, k: float) -> Factors:
     """What terms are made of: constants for JAX, since a term has rules of its own."""
     x, y = lax.stop_gradient((x, y))
-    m = _kernels.sigmoid_mix_value(x, 1 - y, -y)
-    # For a hard label m is p or q, whose logarithm is right also where it underflows.
-    hard = (y == 0) | (y == 1)
-    log_m = jnp.where(hard, -_kernels.bce_with_logits_value(x, 1 - y, None), jnp.log(m))
+    m, log_m = _kernels.sigmoid_mix_value(x, 1 - y, -y), None
+    if not k.is_integer():
+        # For a hard label m is p or q, whose logarithm is right also where it underflows.
+        hard = (y == 0) | (y == 1)
+        log_m = jnp.where(hard, -_kernels.bce_with_logits_value(x, 1 - y, None), jnp.log(m))
     c, s = _kernels.bce_with_logits_value(x, y, None), _kernels.sigmoid_minus_value(x, y)
     return Factors(m, log_m, _kernels.sigmoid_slope_value(x), c, s)
 
@@ -63,7 +64,7 @@ def focal_term_value(
 ) -> jax.Array:
     m, log_m, pq, c, s = factors
     factor = {"c": c, "s": s, "x": x, "1": jnp.ones_like(x)}[f]
-    if k.is_integer():
+    if log_m is None:  # k is whole
         return annihilate_value(lax.integer_pow(m, int(k)) * lax.integer_pow(pq, j), factor)
     # m^k (p q)^j = m^(k + j) (p q / m)^j with p q / m <= 1, so that no power that overflows meets
     # one that underflows. If k + j < 0, c or s is divided by an m too. Where m itself underflows
@@ -109,7 +110,7 @@ def alpha_t(y: jax.Array, alpha: float) -> jax.Array:
 
 
 def focal_value(x: jax.Array, y: jax.Array, gamma: float, alpha: float | None) -> jax.Array:
-    loss = focal_term_value(x, y, factors_at(x, y), gamma, 0, "c")
+    loss = focal_term_value(x, y, factors_at(x, y, gamma), gamma, 0, "c")
     return loss if alpha is None else annihilate_value(alpha_t(y, alpha), loss)
 
 
@@ -117,7 +118,7 @@ def focal_partials(
     x: jax.Array, y: jax.Array, gamma: float, alpha: float | None
 ) -> tuple[jax.Array, jax.Array]:
     x = _kernels.unshared(x)
-    factors = factors_at(x, y)
+    factors = factors_at(x, y, gamma)
     by_x, by_y, _ = focal_term_partials(x, y, factors, gamma, 0, "c")
     if alpha is None:
         return by_x, by_y

@@ -31,26 +31,25 @@ def total(terms: list[jax.Array], like: jax.Array) -> jax.Array:
 
 
 def along(tangents: Any, slopes: Any, like: jax.Array) -> jax.Array:
-    """Σ tangent · slope, where a slope of None is 0."""
+    """Σ tangent · slope, without what is constant or has no derivative."""
     # The tangents are not tested for zero by value: that could not be transposed.
-    pairs = zip(tangents, slopes, strict=True)
-    return total([tangent * slope for tangent, slope in pairs if slope is not None], like)
+    terms = [
+        tangent * slope
+        for tangent, slope in zip(tangents, slopes, strict=True)
+        if slope is not None and not isinstance(tangent, SymbolicZero)
+    ]
+    # None where all that moves has no derivative, as a label in what no longer depends on it.
+    return total(terms, like)
 
 
 def with_jvp(value: Kernel, partials: Partials) -> Kernel:
     """`value` with `partials` as its derivatives, in forward and reverse mode."""
-    # Both are traced once as scalars, whatever they are mapped over, and slopes only where needed.
+    # Traced once as a scalar, whatever it is mapped over.
     kernel = jax.custom_jvp(jax.jit(value, inline=True))
-
-    @functools.partial(jax.jit, static_argnums=0, inline=True)
-    def slopes(moving: tuple[bool, ...], *primals: jax.Array | None) -> list[jax.Array | None]:
-        every = partials(*primals)
-        return [slope if moves else None for slope, moves in zip(every, moving, strict=True)]
 
     def jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
         result = kernel(*primals)
-        moving = tuple(not isinstance(tangent, SymbolicZero) for tangent in tangents)
-        return result, along(tangents, slopes(moving, *primals), result)
+        return result, along(tangents, partials(*primals), result)
 
     kernel.defjvp(jvp, symbolic_zeros=True)
     return kernel

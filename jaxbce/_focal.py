@@ -201,27 +201,30 @@ def sigmoid_focal_loss(
 #
 #   loss = y q^gamma_pos softplus(-x) + (1 - y) m^gamma_neg n
 #
-# p^k has the derivative k q p^k. Where m > 0, m^k has k p q m^(k - 1) and n has p q / (1 - m), with
-# 1 - m = q + clip. At the kink m = 0 and below, m^k and its derivatives are 0, also for k = 0, and
-# so is the loss of a negative. Without clip, m is p and n is softplus(x).
+# p^k has the derivative k q p^k, q^k has -k p q^k. Where m > 0, m^k has k p q m^(k - 1) and n has
+# p q / (1 - m), with 1 - m = q + clip. At the kink m = 0 and below, m^k and its derivatives are 0,
+# also for k = 0, and so is the loss of a negative. Without clip, m is p and n is softplus(x).
 
 
-def sigmoid_power_value(x: jax.Array, k: float) -> jax.Array:
+def hard_power_value(x: jax.Array, label: jax.Array, k: float) -> jax.Array:
     if k.is_integer():
-        return lax.integer_pow(_kernels.sigmoid(x), int(k))
-    return jnp.exp(-k * _kernels.softplus(-x))
+        m = (1 - 2 * label) * _kernels.sigmoid_minus_value(x, label)
+        return lax.integer_pow(m, int(k))
+    return jnp.exp(-k * _kernels.bce_with_logits_value(x, 1 - label, None))
 
 
-def sigmoid_power_partials(x: jax.Array, k: float) -> tuple[jax.Array | None]:
-    return (k * _kernels.sigmoid(-x) * sigmoid_power(k)(x) if k else None,)
+def hard_power_partials(x: jax.Array, label: jax.Array, k: float) -> tuple[jax.Array | None, None]:
+    if not k:
+        return None, None
+    return -k * _kernels.sigmoid_minus(x, 1 - label) * hard_power(k)(x, label), None
 
 
-sigmoid_power = _kernels.family(sigmoid_power_value, sigmoid_power_partials)
+hard_power = _kernels.family(hard_power_value, hard_power_partials)
 
 
 def clipped(x: jax.Array, clip: float) -> tuple[jax.Array, jax.Array]:
     """m and 1 - m; m to a few ULP also near the kink, at x0 = log(clip / (1 - clip))."""
-    p, q = _kernels.sigmoid(x), _kernels.sigmoid(-x)
+    p, q = _kernels.sigmoid(x), -_kernels.sigmoid_minus(x, jnp.ones_like(x))
     x0 = math.log(clip / (1 - clip))
     rounded = float(np.asarray(x0, x.dtype))
     # p - clip = clip q (exp(x - x0) - 1), where x - rounded is exact and the rest of x0 follows.
@@ -253,7 +256,8 @@ def clipped_log_value(x: jax.Array, clip: float) -> jax.Array:
 
 
 def clipped_log_partials(x: jax.Array, clip: float) -> tuple[jax.Array]:
-    return (_kernels.sigmoid_slope(x) / (_kernels.sigmoid(-x) + clip),)
+    rest = clip - _kernels.sigmoid_minus(x, jnp.ones_like(x))
+    return (_kernels.sigmoid_slope(x) / rest,)
 
 
 clipped_log = _kernels.family(clipped_log_value, clipped_log_partials)
@@ -263,11 +267,12 @@ def hard_losses(
     x: jax.Array, gamma_neg: float, gamma_pos: float, clip: float, stop_focus_gradient: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Of a positive and of a negative."""
-    focus, loss = sigmoid_power(gamma_pos)(-x), _kernels.softplus(-x)
+    bce, one, zero = _kernels.bce_with_logits_forward, jnp.ones_like(x), jnp.zeros_like(x)
+    focus, loss = hard_power(gamma_pos)(x, one), bce(x, one, None)
     if clip:
         focus_neg, loss_neg = clipped_power(gamma_neg, clip)(x), clipped_log(clip)(x)
     else:
-        focus_neg, loss_neg = sigmoid_power(gamma_neg)(x), _kernels.softplus(x)
+        focus_neg, loss_neg = hard_power(gamma_neg)(x, zero), bce(x, zero, None)
     if stop_focus_gradient:
         focus, focus_neg = lax.stop_gradient((focus, focus_neg))
     return product(focus, loss), product(focus_neg, loss_neg)

@@ -72,13 +72,16 @@ def focal_term_value(
     info = jnp.finfo(x.dtype)
     vanished = m < info.tiny
     m = jnp.where(vanished, 1, m)
+    ratio = lax.integer_pow(jnp.where(vanished, 1, pq / m), j)
     exponent = k + j
     if exponent < 0 and f in ("c", "s"):
         exponent += 1
         factor = jnp.where(vanished, 1 if f == "c" else 1 - 2 * y, factor / m)
-    # Capped, so that two terms that overflow do not make NaN.
-    power = jnp.minimum(jnp.exp(exponent * log_m), info.max)
-    return annihilate_value(power * lax.integer_pow(jnp.where(vanished, 1, pq / m), j), factor)
+    # Finite, with room for coefficients: a tangent of 0 annihilates it, and opposite ones can meet.
+    largest = info.max / 1024
+    power = jnp.minimum(jnp.exp(exponent * log_m), largest)
+    value = annihilate_value(power * ratio, factor)
+    return value if exponent > 0 else jnp.clip(value, -largest, largest)
 
 
 def focal_term_partials(

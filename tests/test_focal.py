@@ -16,7 +16,7 @@ import jaxbce
 
 # A sigmoid that XLA flushes to 0 is multiplied by gamma <= 5 and a softplus <= 88 afterwards.
 FLUSHED = 5 * 88
-GAMMAS = [0.0, 0.5, 1.0, 2.0, 5.0]
+GAMMAS = [0.0, 0.5, 1.0, 1.5, 2.0, 5.0]
 TAILS = np.array([-80, -30.7, -17, -5.3, -1.1, -1e-3, 1e-3, 1.1, 5.3, 17, 30.7, 80], np.float32)
 
 focal, asymmetric = jaxbce.sigmoid_focal_loss, jaxbce.asymmetric_loss
@@ -25,6 +25,7 @@ every_label = pytest.mark.parametrize("label", [0, 1], ids="label={}".format)
 every_16_bit_dtype = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def value_and_gradient(loss, x, y):
     value, pullback = jax.vjp(lambda x: loss(x, y, reduction="none"), x)
     return value, pullback(jnp.ones_like(value))[0]
@@ -33,55 +34,109 @@ def value_and_gradient(loss, x, y):
 # --- accuracy ----------------------------------------------------------------------------------
 
 
+def assert_accurate(got, expected, logits, gamma):
+    """24 ULP, or for a fractional gamma 8 + |log expected| units of EPS, wherever above 1e-30.
+
+    That is the conditioning of exp: of a power, the exponent is rounded.
+    """
+    matters = np.abs(expected) > 1e-30
+    assert np.all(np.abs(got[~matters]) < 2e-30)
+    got, expected, logits = got[matters], expected[matters], logits[matters]
+    if gamma.is_integer():
+        oracle.assert_within_ulp(24, got, expected, logits)
+        return
+    error = np.abs(np.float64(got) / expected - 1) / EPS / (8 + np.abs(np.log(np.abs(expected))))
+    worst = np.argmax(error)
+    assert error[worst] <= 1, f"{error[worst]:.3g} of the bound at logit {logits[worst]}"
+
+
+def check_every_16_bit_logit(dtype, label, loss, exact, gamma):
+    x = oracle.all_finite(dtype)
+    value, gradient = value_and_gradient(loss, x, jnp.full(x.shape, label))
+    expected = exact(np.asarray(x, np.float64), np.full(x.shape, float(label)))
+    assert_accurate(np.asarray(value), expected[0], x, gamma)
+    oracle.assert_within_ulp(0.51, gradient, expected[1], x, flushed=FLUSHED)
+
+
+def check_float32_logits(rng, label, loss, exact, gamma):
+    """Everywhere, where the loss bends, and around the kinks of clip = 0.05, 0.1 and 0.2."""
+    kinks = [rng.normal(-np.log(1 / clip - 1), 0.1, 2**14) for clip in (0.05, 0.1, 0.2)]
+    x = np.concatenate([rng.uniform(-100, 100, 2**17), rng.normal(0, 3, 2**17), *kinks])
+    x = x.astype(np.float32)
+    got = value_and_gradient(loss, x, np.full_like(x, label))
+    expected = exact(np.float64(x), np.full(x.shape, float(label)))
+    for got_, expected_ in zip(got, expected, strict=True):
+        assert_accurate(np.asarray(got_), expected_, x, gamma)
+
+
+def focal_cases(gamma):
+    return [functools.partial(fn, gamma=gamma) for fn in (focal, oracle.focal)]
+
+
 @every_gamma
 @every_label
 @every_16_bit_dtype
 def test_focal_at_every_16_bit_logit(dtype, label, gamma):
-    x = oracle.all_finite(dtype)
-    y = jnp.full(x.shape, label)
-    loss = jax.jit(functools.partial(value_and_gradient, functools.partial(focal, gamma=gamma)))
-    value, gradient = loss(x, y)
-    expected = oracle.focal(np.asarray(x, np.float64), np.full(x.shape, float(label)), gamma)
-    oracle.assert_within_ulp(10, value, expected[0], x, flushed=FLUSHED)
-    oracle.assert_within_ulp(0.51, gradient, expected[1], x, flushed=FLUSHED)
+    check_every_16_bit_logit(dtype, label, *focal_cases(gamma), gamma)
+
+
+@pytest.mark.parametrize("gamma", [*GAMMAS, 0.7, 4.3], ids="gamma={}".format)
+@every_label
+def test_focal_in_float32(gamma, label, rng):
+    check_float32_logits(rng, label, *focal_cases(gamma), gamma)
 
 
 ASYMMETRIC = [
     {"gamma_neg": 4.0, "gamma_pos": 1.0, "clip": 0.05},
+    {"gamma_neg": 5.0, "gamma_pos": 2.0, "clip": 0.1},
+    {"gamma_neg": 1.5, "gamma_pos": 0.7, "clip": 0.05},
     {"gamma_neg": 0.5, "gamma_pos": 0.5, "clip": 0.0},
+    {"gamma_neg": 2.0, "gamma_pos": 5.0, "clip": 0.0},
     {"gamma_neg": 0.5, "gamma_pos": 0.0, "clip": 0.2},
 ]
-
-
-@pytest.mark.parametrize(
+every_setting = pytest.mark.parametrize(
     "options", ASYMMETRIC, ids="{0[gamma_neg]}-{0[gamma_pos]}-{0[clip]}".format
 )
+
+
+def asymmetric_cases(options, label):
+    losses = [functools.partial(fn, **options) for fn in (asymmetric, oracle.asymmetric)]
+    return *losses, options["gamma_pos" if label else "gamma_neg"]
+
+
+@every_setting
 @every_label
 @every_16_bit_dtype
 def test_asymmetric_at_every_16_bit_logit(dtype, label, options):
-    x = oracle.all_finite(dtype)
-    y = jnp.full(x.shape, label)
-    loss = jax.jit(functools.partial(value_and_gradient, functools.partial(asymmetric, **options)))
-    value, gradient = loss(x, y)
-    y64 = np.full(x.shape, float(label))
-    expected = oracle.asymmetric(np.asarray(x, np.float64), y64, **options)
-    # gamma + 1 = 5 times the error of p - clip, which is less than 3 where p was 2 ULP off.
-    oracle.assert_within_ulp(24, value, expected[0], x, flushed=FLUSHED)
-    oracle.assert_within_ulp(0.51, gradient, expected[1], x, flushed=FLUSHED)
+    check_every_16_bit_logit(dtype, label, *asymmetric_cases(options, label))
 
 
-def exact_focal(x, gamma):
-    """Of a negative."""
-    p = 1 / (1 + mpmath.exp(-x))
-    return p**gamma * mpmath.log1p(mpmath.exp(x))
+@every_setting
+@every_label
+def test_asymmetric_in_float32(label, options, rng):
+    check_float32_logits(rng, label, *asymmetric_cases(options, label))
 
 
-def exact_derivatives(loss, x):
-    """Value and two derivatives, by differences of 400 digits."""
-    with mpmath.workdps(400):
-        step = mpmath.mpf(10) ** -100
-        below, at, above = (loss(mpmath.mpf(float(x)) + k * step) for k in (-1, 0, 1))
-        return [at, (above - below) / (2 * step), (above - 2 * at + below) / step**2]
+def exact_focal(x, y, gamma):
+    p, q = 1 / (1 + mpmath.exp(-x)), 1 / (1 + mpmath.exp(x))
+    cross_entropy = -(1 - y) * mpmath.log(q) - y * mpmath.log(p)
+    return ((1 - y) * p + y * q) ** mpmath.mpf(gamma) * cross_entropy
+
+
+# The weights of central differences: order -> {steps from the middle: weight}
+DIFFERENCES = [{0: 1}, {-1: -0.5, 1: 0.5}, {-1: 1, 0: -2, 1: 1}, {-2: -0.5, -1: 1, 1: -1, 2: 0.5}]
+
+
+def exact_derivative(x, y, gamma, by_x, by_y):
+    """Of the focal loss, by differences of 700 digits; as float, of which many would overflow."""
+    with mpmath.workdps(700):
+        step = mpmath.mpf(10) ** -160
+        total = mpmath.fsum(
+            weight_x * weight_y * exact_focal(x + i * step, y + k * step, gamma)
+            for i, weight_x in DIFFERENCES[by_x].items()
+            for k, weight_y in DIFFERENCES[by_y].items()
+        )
+        return float(total / step ** (by_x + by_y))
 
 
 @pytest.mark.parametrize("gamma", [*GAMMAS, 0.7], ids="gamma={}".format)
@@ -94,13 +149,29 @@ def test_focal_in_the_tails(gamma, label):
         return focal(x, label, gamma=gamma)
 
     first = jax.grad(loss)
-    got = np.transpose([jax.vmap(fn)(x) for fn in (loss, first, jax.grad(first))])
-    sign = 1 - 2 * label
-    for x_, row in zip(x, got, strict=True):
-        exact = exact_derivatives(lambda z: exact_focal(sign * z, gamma), x_)
-        for value, expected in zip(row, map(float, exact), strict=True):
-            # Below 2^-110, a factor of the product is flushed before the product is.
-            assert value == pytest.approx(expected, rel=8 * EPS, abs=2**-110)
+    for order, fn in enumerate((loss, first, jax.grad(first))):
+        expected = [exact_derivative(float(x_), label, gamma, order, 0) for x_ in x]
+        assert_accurate(np.asarray(jax.vmap(fn)(x)), np.array(expected), x, gamma)
+
+
+HARD = [(x, 0) for x in (-300, -100, -60, -17, -1, 0, 1, 17, 100, 300)]
+POINTS = [*HARD, (-100, 1), (17, 1), (60, 1), (300, 1), (-100, 0.25), (-5, 0.25), (40, 0.25)]
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 1.5, 2.0, 5.0], ids="gamma={}".format)
+def test_every_derivative_up_to_the_third(gamma):
+    """By logit and label in every order: finite and right wherever the true one is a float32."""
+    fn = functools.partial(focal, gamma=gamma)
+    second = jax.jacfwd(jax.grad(fn, (0, 1)), (0, 1))
+    x, y = np.float32(POINTS).T
+    for derivatives in (second, jax.jacfwd(second, (0, 1))):
+        leaves, _ = jax.tree_util.tree_flatten_with_path(jax.jit(jax.vmap(derivatives))(x, y))
+        for path, got in leaves:
+            by_y = sum(key.idx for key in path)
+            by_x = len(path) - by_y
+            expected = np.array([exact_derivative(*point, gamma, by_x, by_y) for point in POINTS])
+            fits = np.abs(expected) < 3e38
+            np.testing.assert_allclose(got[fits], expected[fits], rtol=3e-5, atol=1e-18)
 
 
 # --- exact cases -------------------------------------------------------------------------------

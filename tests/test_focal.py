@@ -230,6 +230,25 @@ def test_every_second_derivative_is_finite_at_hard_labels(gamma, x):
         assert not np.isnan(by_y)
 
 
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0], ids="gamma={}".format)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x, y, gamma: focal(x, y, gamma=gamma),
+        lambda x, y, gamma: asymmetric(x, y, gamma_neg=gamma, gamma_pos=gamma, clip=0),
+        lambda x, y, gamma: asymmetric(x, y, gamma_neg=gamma, gamma_pos=gamma),
+    ],
+    ids=["focal", "asymmetric", "with clip"],
+)
+def test_infinite_logits_two_derivatives(loss, gamma):
+    """By logit twice 0, by logit and label finite: there the loss is linear or constant."""
+    x, y = np.float32([(x, y) for x in (np.inf, -np.inf) for y in (0, 1, 0.25)]).T
+    by_label = jax.vmap(jax.grad(jax.grad(functools.partial(loss, gamma=gamma), 1)))(x, y)
+    by_logit = jax.vmap(jax.grad(jax.grad(functools.partial(loss, gamma=gamma))))(x, y)
+    assert np.isfinite(by_label).all()
+    np.testing.assert_array_equal(by_logit, 0)
+
+
 def test_a_derivative_that_is_constant():
     """Without focus, by label twice and by logit once: 2 (1 - 2 alpha), whatever they are."""
     fn = functools.partial(focal, gamma=0, alpha=0.25)

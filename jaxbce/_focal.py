@@ -1,7 +1,7 @@
 """Losses for imbalanced labels, focal and asymmetric: kernels and public functions."""
 
+import functools
 import math
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,101 +35,96 @@ product = _kernels.with_jvp(annihilate_value, product_partials)
 #   ∂m/∂x = (1 - 2 y) p q   ∂(p q)/∂x = -(p - q) p q   ∂c/∂x = s    ∂s/∂x = p q
 #   ∂m/∂y = -(p - q)        ∂(p q)/∂y = 0              ∂c/∂y = -x   ∂s/∂y = -1
 
+WHOLE = range(9)  # exponents that are multiplied out, to a few ULP
 BY_X = {"c": (0, "s"), "s": (1, "1"), "x": (0, "1")}  # f: the power of p q and the f of ∂f/∂x
 MINUS_BY_Y = {"c": "x", "s": "1"}
 
 
-class Factors(NamedTuple):
-    m: jax.Array
-    log_m: jax.Array | None
-    pq: jax.Array
-    c: jax.Array
-    s: jax.Array
+def log_m_value(x: jax.Array, y: jax.Array) -> jax.Array:
+    # For a hard label m is p or q, whose logarithm is right also where it underflows.
+    hard = (y == 0) | (y == 1)
+    m = _kernels.sigmoid_mix_value(x, 1 - y, -y)
+    return jnp.where(hard, -_kernels.bce_with_logits_value(x, 1 - y), jnp.log(m))
 
 
-def factors_at(x: jax.Array, y: jax.Array, k: float) -> Factors:
-    """What terms are made of: constants for JAX, since a term has rules of its own."""
-    x, y = lax.stop_gradient((x, y))
-    m, log_m = _kernels.sigmoid_mix_value(x, 1 - y, -y), None
-    if not k.is_integer():
-        # For a hard label m is p or q, whose logarithm is right also where it underflows.
-        hard = (y == 0) | (y == 1)
-        log_m = jnp.where(hard, -_kernels.bce_with_logits_value(x, 1 - y, None), jnp.log(m))
-    c, s = _kernels.bce_with_logits_value(x, y, None), _kernels.sigmoid_minus_value(x, y)
-    return Factors(m, log_m, _kernels.sigmoid_slope_value(x), c, s)
+def log_m_partials(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    by_x = (1 - 2 * y) * focal_term(-1, 1, "1")(x, y, None)
+    return by_x, -product(_kernels.sigmoid_excess(x), focal_term(-1, 0, "1")(x, y, None))
 
 
-def focal_term_value(
-    x: jax.Array, y: jax.Array, factors: Factors, k: float, j: int, f: str
-) -> jax.Array:
-    m, log_m, pq, c, s = factors
-    factor = {"c": c, "s": s, "x": x, "1": jnp.ones_like(x)}[f]
-    if log_m is None:  # k is whole
-        return annihilate_value(lax.integer_pow(m, int(k)) * lax.integer_pow(pq, j), factor)
-    # m^k (p q)^j = m^(k + j) (p q / m)^j with p q / m <= 1, so that no power that overflows meets
-    # one that underflows. If k + j < 0, c or s is divided by an m too. Where m itself underflows
-    # the label is hard and m the smaller of p and q; so are p q, c and |s|.
-    info = jnp.finfo(x.dtype)
-    vanished = m < info.tiny
-    m = jnp.where(vanished, 1, m)
-    ratio = lax.integer_pow(jnp.where(vanished, 1, pq / m), j)
-    exponent = k + j
-    if exponent < 0 and f in ("c", "s"):
-        exponent += 1
-        factor = jnp.where(vanished, 1 if f == "c" else 1 - 2 * y, factor / m)
-    # Finite, with room for coefficients: a tangent of 0 annihilates it, and opposite ones can meet.
-    largest = info.max / 1024
-    power = jnp.minimum(jnp.exp(exponent * log_m), largest)
-    value = annihilate_value(power * ratio, factor)
-    return value if exponent > 0 else jnp.clip(value, -largest, largest)
+log_m = _kernels.with_jvp(log_m_value, log_m_partials)
 
 
-def focal_term_partials(
-    x: jax.Array, y: jax.Array, factors: Factors, k: float, j: int, f: str
-) -> tuple[jax.Array, jax.Array, None]:
-    def term(k: float, j: int, f: str) -> jax.Array:
-        return focal_term(k, j, f)(x, y, factors)
+@functools.cache
+def focal_term(k: float, j: int, f: str) -> _kernels.Kernel:
+    """m^(k + g) (p q)^j f of x, y and g; a g of None is 0."""
 
-    minus_excess = -_kernels.sigmoid_excess(x)
-    by_x, by_y = [], []
-    if k:
-        by_x.append(k * (1 - 2 * y) * term(k - 1, j + 1, f))
-        by_y.append(k * product(minus_excess, term(k - 1, j, f)))
-    if j:
-        by_x.append(j * product(minus_excess, term(k, j, f)))
-    if f in BY_X:
-        more, g = BY_X[f]
-        by_x.append(term(k, j + more, g))
-    if f in MINUS_BY_Y:
-        by_y.append(-term(k, j, MINUS_BY_Y[f]))
-    return _kernels.total(by_x, x), _kernels.total(by_y, x), None
+    def value(x: jax.Array, y: jax.Array, g: jax.Array | None) -> jax.Array:
+        m, pq = _kernels.sigmoid_mix_value(x, 1 - y, -y), _kernels.sigmoid_slope_value(x)
+        factor = {
+            "c": _kernels.bce_with_logits_value(x, y),
+            "s": _kernels.sigmoid_minus_value(x, y),
+            "x": x,
+            "1": jnp.ones_like(x),
+        }[f]
+        if g is None and k in WHOLE:
+            return annihilate_value(lax.integer_pow(m, int(k)) * lax.integer_pow(pq, j), factor)
+        # m^k (p q)^j = m^(k + j) (p q / m)^j with p q / m <= 1, so that no power that overflows
+        # meets one that underflows; c and s are divided by an m too. Where m itself underflows the
+        # label is hard and m the smaller of p and q; so are p q, c and |s|.
+        info = jnp.finfo(x.dtype)
+        vanished = m < info.tiny
+        ratio = jnp.where(vanished, 1, pq / m)
+        exponent = k + j if g is None else k + j + g
+        if f in ("c", "s"):
+            exponent = exponent + 1
+            factor = jnp.where(vanished, 1 if f == "c" else 1 - 2 * y, factor / m)
+        # Finite, with room for coefficients: a tangent of 0 annihilates it, and opposites can meet.
+        logarithm = annihilate_value(exponent, log_m_value(x, y))
+        power = jnp.exp(jnp.minimum(logarithm, math.log(info.max) - 7))
+        return annihilate_value(power * lax.integer_pow(ratio, j), factor)
+
+    def partials(
+        x: jax.Array, y: jax.Array, g: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        def term(k: float, j: int, f: str) -> jax.Array:
+            return focal_term(k, j, f)(x, y, g)
+
+        minus_excess = -_kernels.sigmoid_excess(x)
+        by_x, by_y, by_g = jnp.zeros_like(x), jnp.zeros_like(x), None
+        if g is not None or k:
+            exponent = k if g is None else k + g
+            by_x += exponent * (1 - 2 * y) * term(k - 1, j + 1, f)
+            by_y += exponent * product(minus_excess, term(k - 1, j, f))
+        if j:
+            by_x += j * product(minus_excess, term(k, j, f))
+        if f in BY_X:
+            more, g_x = BY_X[f]
+            by_x += term(k, j + more, g_x)
+        if f in MINUS_BY_Y:
+            by_y -= term(k, j, MINUS_BY_Y[f])
+        if g is not None:
+            by_g = annihilate(term(k, j, f), log_m(x, y))
+        return by_x, by_y, by_g
+
+    return _kernels.with_jvp(value, partials)
 
 
-focal_term = _kernels.family(focal_term_value, focal_term_partials)
+@functools.cache
+def focal(gamma: float | None) -> _kernels.Kernel:
+    """The loss of x, y, alpha and g; gamma is None where it is the array g."""
+    power = focal_term(gamma or 0, 0, "c")
+
+    def loss(x: jax.Array, y: jax.Array, alpha: jax.Array | None, g: jax.Array | None) -> jax.Array:
+        if alpha is None:
+            return power(x, y, g)
+        return annihilate((1 - alpha) * (1 - y) + alpha * y, power(x, y, g))
+
+    return _kernels.keep_inputs(loss, _kernels.unshared)
 
 
-def alpha_t(y: jax.Array, alpha: float) -> jax.Array:
-    return (1 - alpha) * (1 - y) + alpha * y
-
-
-def focal_value(x: jax.Array, y: jax.Array, gamma: float, alpha: float | None) -> jax.Array:
-    loss = focal_term_value(x, y, factors_at(x, y, gamma), gamma, 0, "c")
-    return loss if alpha is None else annihilate_value(alpha_t(y, alpha), loss)
-
-
-def focal_partials(
-    x: jax.Array, y: jax.Array, gamma: float, alpha: float | None
-) -> tuple[jax.Array, jax.Array]:
-    x = _kernels.unshared(x)
-    factors = factors_at(x, y, gamma)
-    by_x, by_y, _ = focal_term_partials(x, y, factors, gamma, 0, "c")
-    if alpha is None:
-        return by_x, by_y
-    balance, loss = alpha_t(y, alpha), focal_term(gamma, 0, "c")(x, y, factors)
-    return balance * by_x, annihilate(balance, by_y) + (2 * alpha - 1) * loss
-
-
-focal = _kernels.family(focal_value, focal_partials, _kernels.with_vjp)
+def extent(*inputs: jax.Array | None) -> jax.Array:
+    return sum((each for each in inputs[1:] if each is not None), inputs[0])
 
 
 def sigmoid_focal_loss(
@@ -196,38 +191,46 @@ def sigmoid_focal_loss(
     gamma = _checks.static_number(name, "gamma", gamma, "finite and at least 0", 0, math.inf)
     if alpha is not None:
         alpha = _checks.static_number(name, "alpha", alpha, "in [0, 1]", 0, math.nextafter(1, 2))
-    loss = Elementwise(focal(gamma, alpha), extent_of_logits)
-    return evaluate(name, loss, logits, labels, weight=weight, where=where, reduction=reduction)
+    loss = Elementwise(focal(gamma), extent, ("alpha", "gamma"))
+    return evaluate(
+        name,
+        loss,
+        logits,
+        labels,
+        parameters=(alpha, None),
+        weight=weight,
+        where=where,
+        reduction=reduction,
+    )
 
 
 # Asymmetric loss with p and q as above, m = max(p - clip, 0) and n = -log(1 - m):
 #
 #   loss = y q^gamma_pos softplus(-x) + (1 - y) m^gamma_neg n
 #
-# p^k has the derivative k q p^k, q^k has -k p q^k. Where m > 0, m^k has k p q m^(k - 1) and n has
-# p q / (1 - m), with 1 - m = q + clip. At the kink m = 0 and below, m^k and its derivatives are 0,
-# also for k = 0, and so is the loss of a negative. Without clip, m is p and n is softplus(x).
+# p^k has the derivative k q p^k. Where m > 0, m^k has k p q m^(k - 1) and n has p q / (1 - m), with
+# 1 - m = q + clip. At the kink m = 0 and below, m^k and its derivatives are 0, also for k = 0, and
+# so is the loss of a negative. Without clip, m is p and n is softplus(x).
 
 
-def hard_power_value(x: jax.Array, label: jax.Array, k: float) -> jax.Array:
-    if k.is_integer():
-        m = (1 - 2 * label) * _kernels.sigmoid_minus_value(x, label)
-        return lax.integer_pow(m, int(k))
-    return jnp.exp(-k * _kernels.bce_with_logits_value(x, 1 - label, None))
+@functools.cache
+def sigmoid_power(k: float) -> _kernels.Kernel:
+    """p^k"""
 
+    def value(x: jax.Array) -> jax.Array:
+        if k in WHOLE:
+            return lax.integer_pow(_kernels.sigmoid(x), int(k))
+        return jnp.exp(-k * _kernels.softplus(-x))
 
-def hard_power_partials(x: jax.Array, label: jax.Array, k: float) -> tuple[jax.Array | None, None]:
-    if not k:
-        return None, None
-    return -k * _kernels.sigmoid_minus(x, 1 - label) * hard_power(k)(x, label), None
+    def partials(x: jax.Array) -> tuple[jax.Array | None]:
+        return (k * _kernels.sigmoid(-x) * sigmoid_power(k)(x) if k else None,)
 
-
-hard_power = _kernels.family(hard_power_value, hard_power_partials)
+    return _kernels.with_jvp(value, partials)
 
 
 def clipped(x: jax.Array, clip: float) -> tuple[jax.Array, jax.Array]:
     """m and 1 - m; m to a few ULP also near the kink, at x0 = log(clip / (1 - clip))."""
-    p, q = _kernels.sigmoid(x), -_kernels.sigmoid_minus(x, jnp.ones_like(x))
+    p, q = _kernels.sigmoid(x), _kernels.sigmoid(-x)
     x0 = math.log(clip / (1 - clip))
     rounded = float(np.asarray(x0, x.dtype))
     # p - clip = clip q (exp(x - x0) - 1), where x - rounded is exact and the rest of x0 follows.
@@ -237,65 +240,54 @@ def clipped(x: jax.Array, clip: float) -> tuple[jax.Array, jax.Array]:
     return jnp.maximum(jnp.where(beyond < 1, clip * q * growth, p - clip), 0), q + clip
 
 
-def clipped_power_value(x: jax.Array, k: float, clip: float) -> jax.Array:
-    m, _ = clipped(x, clip)
-    base = jnp.where(m > 0, m, 1)
-    power = lax.integer_pow(base, int(k)) if k.is_integer() else jnp.exp(k * jnp.log(base))
-    return jnp.where(m > 0, power, 0)
+@functools.cache
+def clipped_power(k: float, clip: float) -> _kernels.Kernel:
+    """m^k"""
+
+    def value(x: jax.Array) -> jax.Array:
+        m, _ = clipped(x, clip)
+        base = jnp.where(m > 0, m, 1)
+        power = lax.integer_pow(base, int(k)) if k in WHOLE else jnp.exp(k * jnp.log(base))
+        return jnp.where(m > 0, power, 0)
+
+    def partials(x: jax.Array) -> tuple[jax.Array | None]:
+        return (k * _kernels.sigmoid_slope(x) * clipped_power(k - 1, clip)(x) if k else None,)
+
+    return _kernels.with_jvp(value, partials)
 
 
-def clipped_power_partials(x: jax.Array, k: float, clip: float) -> tuple[jax.Array | None]:
-    return (k * _kernels.sigmoid_slope(x) * clipped_power(k - 1, clip)(x) if k else None,)
+@functools.cache
+def clipped_softplus(clip: float) -> _kernels.Kernel:
+    """n"""
+
+    def value(x: jax.Array) -> jax.Array:
+        m, rest = clipped(x, clip)
+        # log(1 + m / (1 - m)) does not cancel where m is small.
+        near = _kernels.log1p_unit(jnp.minimum(m / rest, 1))
+        return jnp.where(m < 0.5, near, -jnp.log(rest))
+
+    def partials(x: jax.Array) -> tuple[jax.Array]:
+        return (_kernels.sigmoid_slope(x) / (_kernels.sigmoid(-x) + clip),)
+
+    return _kernels.with_jvp(value, partials)
 
 
-clipped_power = _kernels.family(clipped_power_value, clipped_power_partials)
+@functools.cache
+def asymmetric(
+    gamma_neg: float, gamma_pos: float, clip: float, stop_focus_gradient: bool
+) -> _kernels.Kernel:
+    def loss(x: jax.Array, y: jax.Array) -> jax.Array:
+        focus, focus_neg = sigmoid_power(gamma_pos)(-x), sigmoid_power(gamma_neg)(x)
+        cross_entropy_neg = _kernels.softplus(x)
+        if clip:
+            focus_neg = clipped_power(gamma_neg, clip)(x)
+            cross_entropy_neg = clipped_softplus(clip)(x)
+        if stop_focus_gradient:
+            focus, focus_neg = lax.stop_gradient((focus, focus_neg))
+        positive = product(focus, _kernels.softplus(-x))
+        return annihilate(y, positive) + annihilate(1 - y, product(focus_neg, cross_entropy_neg))
 
-
-def clipped_log_value(x: jax.Array, clip: float) -> jax.Array:
-    m, rest = clipped(x, clip)
-    # log(1 + m / (1 - m)) does not cancel where m is small.
-    near = _kernels.log1p_unit(jnp.minimum(m / rest, 1))
-    return jnp.where(m < 0.5, near, -jnp.log(rest))
-
-
-def clipped_log_partials(x: jax.Array, clip: float) -> tuple[jax.Array]:
-    rest = clip - _kernels.sigmoid_minus(x, jnp.ones_like(x))
-    return (_kernels.sigmoid_slope(x) / rest,)
-
-
-clipped_log = _kernels.family(clipped_log_value, clipped_log_partials)
-
-
-def hard_losses(
-    x: jax.Array, gamma_neg: float, gamma_pos: float, clip: float, stop_focus_gradient: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Of a positive and of a negative."""
-    bce, one, zero = _kernels.bce_with_logits_forward, jnp.ones_like(x), jnp.zeros_like(x)
-    focus, loss = hard_power(gamma_pos)(x, one), bce(x, one, None)
-    if clip:
-        focus_neg, loss_neg = clipped_power(gamma_neg, clip)(x), clipped_log(clip)(x)
-    else:
-        focus_neg, loss_neg = hard_power(gamma_neg)(x, zero), bce(x, zero, None)
-    if stop_focus_gradient:
-        focus, focus_neg = lax.stop_gradient((focus, focus_neg))
-    return product(focus, loss), product(focus_neg, loss_neg)
-
-
-def asymmetric_value(x: jax.Array, y: jax.Array, *constants: Any) -> jax.Array:
-    positive, negative = hard_losses(x, *constants)
-    return annihilate_value(y, positive) + annihilate_value(1 - y, negative)
-
-
-def asymmetric_partials(x: jax.Array, y: jax.Array, *constants: Any) -> tuple[jax.Array, jax.Array]:
-    x = _kernels.unshared(x)
-    # JAX applies the product rule: the factors have rules of their own.
-    (positive, negative), (positive_by_x, negative_by_x) = jax.jvp(
-        lambda x: hard_losses(x, *constants), (x,), (jnp.ones_like(x),)
-    )
-    return y * positive_by_x + (1 - y) * negative_by_x, positive - negative
-
-
-asymmetric = _kernels.family(asymmetric_value, asymmetric_partials, _kernels.with_vjp)
+    return _kernels.keep_inputs(loss, _kernels.unshared)
 
 
 def asymmetric_loss(
@@ -368,7 +360,8 @@ def asymmetric_loss(
         for argument, value in (("gamma_neg", gamma_neg), ("gamma_pos", gamma_pos))
     ]
     clip = _checks.static_number(name, "clip", clip, "in [0, 1)", 0, 1)
-    focused = clip or any(gammas)
-    kernel = asymmetric(*gammas, clip, bool(stop_focus_gradient)) if focused else focal(0.0, None)
+    kernel = _kernels.bce_with_logits
+    if clip or any(gammas):
+        kernel = asymmetric(*gammas, clip, bool(stop_focus_gradient))
     loss = Elementwise(kernel, extent_of_logits)
     return evaluate(name, loss, logits, labels, weight=weight, where=where, reduction=reduction)

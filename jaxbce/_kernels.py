@@ -1,11 +1,10 @@
 """Elementwise mathematics: scalar functions and their derivative rules, nothing else.
 
 Every function here takes scalars; `over` lifts it to arrays. A loss is written as `<op>_value` and
-its derivatives `<op>_partials`. `with_jvp` makes of them a function for forward and reverse mode,
-`with_vjp` one that keeps nothing but its inputs for the backward pass; `bce_with_logits` has both,
-the first as `bce_with_logits_forward`. In the functions of logits JAX never differentiates through
-an `abs`, a `max` or a `where`, so their derivatives are right at logit 0, in both tails and at
-every order.
+its derivatives `<op>_partials`, of which `with_jvp` makes a function for forward and reverse mode.
+`keep_inputs` makes of that one that keeps nothing but its inputs for the backward pass. In the
+functions of logits JAX never differentiates through an `abs`, a `max` or a `where`, so their
+derivatives are right at logit 0, in both tails and at every order.
 
 A zero coefficient annihilates: 0 · ∞ = 0.
 """
@@ -21,13 +20,6 @@ from jax.custom_derivatives import SymbolicZero
 
 Kernel = Callable[..., jax.Array]
 Partials = Callable[..., tuple[jax.Array | None, ...]]
-Decorator = Callable[[Kernel, Partials], Kernel]
-
-
-def total(terms: list[jax.Array], like: jax.Array) -> jax.Array:
-    """Their sum, 0 if there are none."""
-    result: jax.Array = functools.reduce(operator.add, terms) if terms else jnp.zeros_like(like)
-    return result
 
 
 def along(tangents: Any, slopes: Any, like: jax.Array) -> jax.Array:
@@ -39,7 +31,8 @@ def along(tangents: Any, slopes: Any, like: jax.Array) -> jax.Array:
         if slope is not None and not isinstance(tangent, SymbolicZero)
     ]
     # None where all that moves has no derivative, as a label in what no longer depends on it.
-    return total(terms, like)
+    total: jax.Array = functools.reduce(operator.add, terms) if terms else jnp.zeros_like(like)
+    return total
 
 
 def with_jvp(value: Kernel, partials: Partials) -> Kernel:
@@ -55,45 +48,23 @@ def with_jvp(value: Kernel, partials: Partials) -> Kernel:
     return kernel
 
 
-def with_vjp(value: Kernel, partials: Partials) -> Kernel:
-    """The same in reverse mode alone, with the inputs as the only residuals."""
-    forward = with_jvp(value, partials)
+def keep_inputs(fn: Kernel, prepare: Kernel | None = None) -> Kernel:
+    """`fn` in reverse mode alone, with its inputs as the only residuals.
 
-    @jax.custom_vjp
-    def kernel(*inputs: jax.Array | None) -> jax.Array:
-        return forward(*inputs)
+    The backward pass computes with `prepare` of the first input, which must be equal to it.
+    """
+    kernel = jax.custom_vjp(fn)
 
     def fwd(*inputs: jax.Array | None) -> tuple[jax.Array, Any]:
         # Not `kernel`: a decorated function in its own forward rule breaks `jax.hessian`.
-        return forward(*inputs), inputs
+        return fn(*inputs), inputs
 
-    def bwd(residuals: Any, g: jax.Array) -> Any:
-        # Not simply g * slope: a transpose lets JAX add the sum over devices that an input shared
-        # by the shards of `jax.shard_map` needs.
-        slopes = partials(*residuals)
-
-        def tangent(*tangents: Any) -> jax.Array:
-            return along(tangents, slopes, g)
-
-        return jax.linear_transpose(tangent, *residuals)(g)
+    def bwd(inputs: Any, g: jax.Array) -> Any:
+        x, *others = inputs
+        return jax.vjp(fn, prepare(x) if prepare else x, *others)[1](g)
 
     kernel.defvjp(fwd, bwd)
     return kernel
-
-
-def family(
-    value: Kernel, partials: Partials, decorate: Decorator = with_jvp
-) -> Callable[..., Kernel]:
-    """For constants, the last arguments of `value` and `partials`, their kernel; each made once."""
-
-    @functools.cache
-    def kernel_of(*constants: Any) -> Kernel:
-        return decorate(
-            lambda *inputs: value(*inputs, *constants),
-            lambda *inputs: partials(*inputs, *constants),
-        )
-
-    return kernel_of
 
 
 def accumulator(*arrays: jax.Array) -> Any:
@@ -271,14 +242,14 @@ unshared = with_jvp(unshared_value, unshared_partials)
 # ∂/∂q = y softplus(-x)
 
 
-def bce_with_logits_value(x: jax.Array, y: jax.Array, q: jax.Array | None) -> jax.Array:
+def bce_with_logits_value(x: jax.Array, y: jax.Array, q: jax.Array | None = None) -> jax.Array:
     if q is None:
         return linear_and_curved(x, jnp.where(x > 0, 1 - y, y), 1)
     return softplus_mix_value(x, 1 - y, annihilate(y, q))
 
 
 def bce_with_logits_partials(
-    x: jax.Array, y: jax.Array, q: jax.Array | None
+    x: jax.Array, y: jax.Array, q: jax.Array | None = None
 ) -> tuple[jax.Array | None, ...]:
     if q is None:
         return sigmoid_minus(x, y), -x, None
@@ -288,7 +259,7 @@ def bce_with_logits_partials(
 
 
 bce_with_logits_forward = with_jvp(bce_with_logits_value, bce_with_logits_partials)
-bce_with_logits = with_vjp(bce_with_logits_value, bce_with_logits_partials)
+bce_with_logits = keep_inputs(bce_with_logits_forward)
 
 
 # loss(p, y) = -y max(log p, -100) - (1 - y) max(log(1 - p), -100)
@@ -328,4 +299,4 @@ def bce_partials(p: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (p - y) / spread(p), -log_odds(p)
 
 
-bce = with_vjp(bce_value, bce_partials)
+bce = keep_inputs(with_jvp(bce_value, bce_partials))

@@ -8,7 +8,8 @@
 """
 
 from jaxbce._checks import checked
-from jaxbce._focal import asymmetric_loss, sigmoid_focal_loss
+from jaxbce._focal import asymmetric_loss, focal_loss, sigmoid_focal_loss
+from jaxbce._functions import log_sigmoid, sigmoid, softplus
 from jaxbce._head import linear_bce_with_logits, linear_top_k
 from jaxbce._labels import balanced_pos_weight, multi_hot, positives_from_multi_hot, prior_bias
 from jaxbce._losses import (
@@ -27,14 +28,18 @@ __all__ = [
     "bce",
     "bce_with_logits",
     "checked",
+    "focal_loss",
     "linear_bce_with_logits",
     "linear_top_k",
+    "log_sigmoid",
     "multi_hot",
     "positives_from_multi_hot",
     "prior_bias",
     "siglip_loss",
+    "sigmoid",
     "sigmoid_binary_cross_entropy",
     "sigmoid_focal_loss",
+    "softplus",
     "sparse_bce_with_logits",
 ]
 

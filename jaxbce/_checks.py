@@ -180,13 +180,14 @@ def _remedy(argument: str, got: tuple[int, ...], shape: tuple[int, ...]) -> str:
     return "all sizes must be equal"
 
 
-def number(name: str, argument: str, value: Any) -> jax.Array:
+def number(name: str, argument: str, value: Any, *, most_axes: int = 0) -> jax.Array:
+    """One number, which may come in an array of up to so many axes of size 1."""
     array = real(name, argument, value)
-    if array.ndim:
+    if array.shape not in [(1,) * ndim for ndim in range(most_axes + 1)]:
         raise ValueError(
             f"{name}: {argument} must be one number, got an array of shape {array.shape}"
         )
-    return array
+    return array.reshape(())
 
 
 def broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
@@ -340,6 +341,34 @@ def check_real_dtype(name: str, argument: str, dtype: Any) -> None:
             f"{name}: {argument} must be a float, integer or bool dtype, got {dtype!r}; "
             "jax.numpy.uint8 is one"
         )
+
+
+def axes_or_none(name: str, axis: Any, reduction: str) -> tuple[int, ...] | None:
+    """`axis`, known while tracing, as a tuple; None stands for all axes."""
+    if axis is None:
+        return None
+    axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
+    if not all(isinstance(each, (int, np.integer)) and not isinstance(each, bool) for each in axes):
+        raise TypeError(f"{name}: axis must be None, an int or a tuple of ints, got {axis!r}")
+    if reduction in ("none", "batchmean"):
+        raise ValueError(
+            f'{name}: axis must be None with reduction="{reduction}", got {axis!r}; "mean", '
+            '"weighted_mean" and "sum" take one'
+        )
+    return tuple(map(int, axes))
+
+
+def axes_of(name: str, axes: tuple[int, ...] | None, against: str, ndim: int) -> tuple[int, ...]:
+    """The axes of an array of `ndim` axes, in order and not negative."""
+    if axes is None:
+        return tuple(range(ndim))
+    known_axes = [axis + ndim if axis < 0 else axis for axis in axes]
+    if len(set(known_axes)) < len(axes) or not set(known_axes) <= set(range(ndim)):
+        raise ValueError(
+            f"{name}: axis must name different axes of {against}, which has {ndim} of them, got "
+            f"{axes}; the last axis is -1"
+        )
+    return tuple(sorted(known_axes))
 
 
 def check_choice(name: str, argument: str, value: str, choices: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def focal_term(k: float, j: int, f: str) -> _kernels.Kernel:
         info = jnp.finfo(x.dtype)
         vanished = m < info.tiny
         ratio = jnp.where(vanished, 1, pq / m)
-        exponent = k + j if g is None else k + j + g
+        exponent = jnp.asarray(k + j, x.dtype) if g is None else k + j + g
         if f in ("c", "s"):
             exponent = exponent + 1
             factor = jnp.where(vanished, 1 if f == "c" else 1 - 2 * y, factor / m)
@@ -123,18 +124,31 @@ def focal(gamma: float | None) -> _kernels.Kernel:
     return _kernels.keep_inputs(loss, _kernels.unshared)
 
 
-def extent(*inputs: jax.Array | None) -> jax.Array:
-    return sum((each for each in inputs[1:] if each is not None), inputs[0])
+def extent_of_focal(x: jax.Array, y: jax.Array, *others: jax.Array | None) -> jax.Array:
+    return sum((other for other in others if other is not None), x + y)
 
 
-def sigmoid_focal_loss(
+def focal_of(name: str, alpha: Any, gamma: Any) -> tuple[Elementwise, tuple[Any, Any]]:
+    """The loss, and the alpha and gamma that it takes: a known gamma is in its kernel."""
+    if alpha is not None and _checks.known(alpha):
+        alpha = _checks.static_number(name, "alpha", alpha, "in [0, 1]", 0, math.nextafter(1, 2))
+    exponent = None
+    if gamma is None or _checks.known(gamma):
+        valid = "finite and at least 0"
+        exponent, gamma = _checks.static_number(name, "gamma", gamma, valid, 0, math.inf), None
+    return Elementwise(focal(exponent), extent_of_focal, ("alpha", "gamma")), (alpha, gamma)
+
+
+def focal_loss(
     logits: ArrayLike,
     labels: ArrayLike,
     *,
-    gamma: float = 2.0,
-    alpha: float | None = None,
+    gamma: ArrayLike = 2.0,
+    alpha: ArrayLike | None = None,
     weight: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
     where: ArrayLike | None = None,
+    axis: int | tuple[int, ...] | None = None,
     reduction: str = "mean",
 ) -> jax.Array:
     """Binary cross-entropy that gives less to what the model already gets right.
@@ -150,58 +164,116 @@ def sigmoid_focal_loss(
     Args:
       logits: float array of any shape.
       labels: float, integer or bool array of the same shape, in [0, 1]; soft ones mix in pₜ and αₜ.
-      gamma: Python number ≥ 0, how much less; 0 without alpha is exactly `bce_with_logits`. Each
-        value compiles once.
-      alpha: Python number in [0, 1], the share of the positive class; None weights neither.
+      gamma: number ≥ 0, or real array that broadcasts to the shape of logits: how much less; 0
+        without alpha is exactly `bce_with_logits`. A Python number is compiled in, once for each
+        value, and is faster, above all where it is whole.
+      alpha: number in [0, 1], or real array that broadcasts to the shape of logits: the share of
+        the positive class; None weights neither.
       weight: real array that broadcasts to the shape of logits and multiplies the loss; None is 1.
         One value per row of a (batch, labels) array is `weight[:, None]`.
+      label_smoothing: number a in [0, 1]; labels become y (1 − a) + a / 2.
       where: bool array that broadcasts to the shape of logits; False leaves an element out. None
         keeps everything.
-      reduction: "mean", "sum", "batchmean" or "none", as for `bce_with_logits`. The original
-        divides the sum by the number of positives.
+      axis: int or tuple of ints, the axes that are reduced; None reduces all of them.
+      reduction: "mean", "weighted_mean", "sum", "batchmean" or "none", as for `bce_with_logits`.
+        The original divides the sum by the number of positives.
 
     Returns:
-      The loss in float32 (float64 for float64 logits): a scalar, or for "none" an array of the
-      shape of logits.
+      The loss in float32 (float64 for float64 logits): a scalar, with `axis` an array of the axes
+      that stay, for "none" one of the shape of logits.
 
     Raises:
-      TypeError: logits are not floating-point, where is not bool, an argument is not an array,
-        gamma or alpha is traced or an array.
-      ValueError: labels have another shape than logits, weight or where does not broadcast to it,
-        or gamma, alpha or reduction is not valid.
+      TypeError: logits are not floating-point, where is not bool, an argument is not an array.
+      ValueError: labels have another shape than logits, gamma, alpha, weight or where does not
+        broadcast to it, or gamma, alpha, label_smoothing, axis or reduction is not valid; of a
+        traced gamma or alpha that is not known.
 
     Edge values: a zero coefficient annihilates (0 · ∞ = 0). Without alpha, (+∞, 1) and (−∞, 0) give
     loss 0 and gradient 0; (+∞, 0) and (−∞, 1) give loss ∞ and gradients 1 and −1; NaN gives NaN.
     Where masked, or where weight is 0, anything gives 0. Nothing kept gives 0.
 
-    Differentiable: with respect to logits, float labels (also hard ones) and weight, each in its
-    own dtype and shape, in reverse mode and forward over reverse (`jax.hessian`) to any order,
-    through the focusing factor; finite wherever the true derivative is.
+    Differentiable: with respect to logits, float labels (also hard ones), weight, and an array for
+    gamma or alpha, each in its own dtype and shape, in reverse mode and forward over reverse
+    (`jax.hessian`) to any order, through the focusing factor; finite wherever the true derivative
+    is.
 
     Example:
       >>> import jax.numpy as jnp, jaxbce
       >>> logits, labels = jnp.array([2.0, -1.0, 0.5]), jnp.array([1, 0, 0])
-      >>> print(round(float(jaxbce.sigmoid_focal_loss(logits, labels)), 4))
+      >>> print(round(float(jaxbce.focal_loss(logits, labels)), 4))
       0.134
 
-    Source: Lin et al., "Focal Loss for Dense Object Detection" (2017); the same values as optax's
-    and torchvision's functions.
+    Source: Lin et al., "Focal Loss for Dense Object Detection" (2017).
     """
-    name = "sigmoid_focal_loss"
-    gamma = _checks.static_number(name, "gamma", gamma, "finite and at least 0", 0, math.inf)
-    if alpha is not None:
-        alpha = _checks.static_number(name, "alpha", alpha, "in [0, 1]", 0, math.nextafter(1, 2))
-    loss = Elementwise(focal(gamma), extent, ("alpha", "gamma"))
+    name = "focal_loss"
+    loss, parameters = focal_of(name, alpha, gamma)
     return evaluate(
         name,
         loss,
         logits,
         labels,
-        parameters=(alpha, None),
+        parameters=parameters,
         weight=weight,
+        label_smoothing=label_smoothing,
         where=where,
+        axis=axis,
         reduction=reduction,
     )
+
+
+def sigmoid_focal_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: ArrayLike | None = None,
+    gamma: ArrayLike = 2.0,
+    weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """`focal_loss` unreduced, under the name that optax and torchvision give it.
+
+    Use it in place of `optax.sigmoid_focal_loss`, with the same arguments.
+
+    Formula, with x a logit, y its label, w its weight and p = sigmoid(x):
+
+      loss = w · αₜ (1 − pₜ)ᵞ [(1 − y) softplus(x) + y softplus(−x)]
+      pₜ = y p + (1 − y) (1 − p),  αₜ = y α + (1 − y) (1 − α), or 1 without alpha
+
+    Args:
+      logits: float array of any shape.
+      labels: float, integer or bool array of the same shape, in [0, 1]; soft ones mix in pₜ and αₜ.
+      alpha: number in [0, 1], or real array that broadcasts to the shape of logits: the share of
+        the positive class; None weights neither.
+      gamma: number ≥ 0, or real array that broadcasts to the shape of logits. A Python number is
+        compiled in, once for each value, and is faster.
+      weight: real array that broadcasts to the shape of logits and multiplies the loss; None is 1.
+        One value per row of a (batch, labels) array is `weight[:, None]`.
+      where: bool array that broadcasts to the shape of logits; False gives a loss of 0. None keeps
+        everything.
+
+    Returns:
+      One loss per logit in float32 (float64 for float64 logits), 0 where masked.
+
+    Raises:
+      TypeError, ValueError: as `focal_loss`. Labels are never broadcast, unlike optax's.
+
+    Edge values: as `focal_loss`.
+
+    Differentiable: as `focal_loss`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxbce
+      >>> logits, labels = jnp.array([2.0, -1.0]), jnp.array([1, 0])
+      >>> loss = jax.jit(lambda gamma: jaxbce.sigmoid_focal_loss(logits, labels, gamma=gamma))
+      >>> print(loss(2.0).round(4))
+      [0.0018 0.0227]
+
+    Source: `optax.sigmoid_focal_loss` and `torchvision.ops.sigmoid_focal_loss`, whose alpha is 0.25
+    unless it is given.
+    """
+    name = "sigmoid_focal_loss"
+    loss, parameters = focal_of(name, alpha, gamma)
+    return evaluate(name, loss, logits, labels, parameters=parameters, weight=weight, where=where)
 
 
 # Asymmetric loss with p and q as above, m = max(p - clip, 0) and n = -log(1 - m):
@@ -299,7 +371,9 @@ def asymmetric_loss(
     clip: float = 0.05,
     stop_focus_gradient: bool = False,
     weight: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
     where: ArrayLike | None = None,
+    axis: int | tuple[int, ...] | None = None,
     reduction: str = "mean",
 ) -> jax.Array:
     """Focal loss with a focus for each class, that leaves out the easiest negatives altogether.
@@ -322,20 +396,22 @@ def asymmetric_loss(
         derivative, as most published training recipes do.
       weight: real array that broadcasts to the shape of logits and multiplies the loss; None is 1.
         One value per row of a (batch, labels) array is `weight[:, None]`.
+      label_smoothing: number a in [0, 1]; labels become y (1 − a) + a / 2.
       where: bool array that broadcasts to the shape of logits; False leaves an element out. None
         keeps everything.
-      reduction: "mean", "sum", "batchmean" or "none", as for `bce_with_logits`. The original is
-        "sum".
+      axis: int or tuple of ints, the axes that are reduced; None reduces all of them.
+      reduction: "mean", "weighted_mean", "sum", "batchmean" or "none", as for `bce_with_logits`.
+        The original is "sum".
 
     Returns:
-      The loss in float32 (float64 for float64 logits): a scalar, or for "none" an array of the
-      shape of logits.
+      The loss in float32 (float64 for float64 logits): a scalar, with `axis` an array of the axes
+      that stay, for "none" one of the shape of logits.
 
     Raises:
       TypeError: logits are not floating-point, where is not bool, an argument is not an array,
         gamma_neg, gamma_pos or clip is traced or an array.
       ValueError: labels have another shape than logits, weight or where does not broadcast to it,
-        or gamma_neg, gamma_pos, clip or reduction is not valid.
+        or gamma_neg, gamma_pos, clip, label_smoothing, axis or reduction is not valid.
 
     Edge values: a zero coefficient annihilates (0 · ∞ = 0). (+∞, 1) and (−∞, 0) give loss 0 and
     gradient 0; (−∞, 1) gives loss ∞ and gradient −1; (+∞, 0) gives loss ∞ and gradient 1 with clip
@@ -364,4 +440,14 @@ def asymmetric_loss(
     if clip or any(gammas):
         kernel = asymmetric(*gammas, clip, bool(stop_focus_gradient))
     loss = Elementwise(kernel, extent_of_logits)
-    return evaluate(name, loss, logits, labels, weight=weight, where=where, reduction=reduction)
+    return evaluate(
+        name,
+        loss,
+        logits,
+        labels,
+        weight=weight,
+        label_smoothing=label_smoothing,
+        where=where,
+        axis=axis,
+        reduction=reduction,
+    )

@@ -48,8 +48,9 @@ def linear_bce_with_logits(
       weight: real array [...], one number per row; None is 1.
       pos_weight: real array [L] that multiplies the positive term only; None is 1.
       label_smoothing: number a in [0, 1]; labels become y (1 − a) + a / 2.
-      reduction: "mean" is Σ loss / (rows · L), "sum" Σ loss, "batchmean" Σ loss / rows, "none" one
-        loss per row, summed over its labels. `weight` is in no divisor.
+      reduction: "mean" is Σ loss / (rows · L), in which `weight` does not count; "weighted_mean"
+        Σ loss / (L · Σ weight), 0 where that sum is 0; "sum" Σ loss; "batchmean" Σ loss / size of
+        the first axis of features, the batch; "none" one loss per row, summed over its labels.
       chunk_size: number of labels at a time; None chooses, and takes all of them at once where that
         is faster.
       mesh: devices to share the work, with axes of any type; None uses one, or what `jax.jit` makes
@@ -244,8 +245,14 @@ def _evaluate(
         _checks.check_unit_interval(name, "label_smoothing", label_smoothing)
 
     scale = jnp.ones(batch, dtype) if weight is None else weight
-    rows_and_labels = {"mean": (batch, num_labels), "batchmean": (batch,)}.get(reduction, ())
-    for size in rows_and_labels:
+    if reduction == "weighted_mean":
+        scale = scale * _reduce.inverse(jnp.sum(scale))
+    divisors = {
+        "mean": (batch, num_labels),
+        "weighted_mean": (num_labels,),
+        "batchmean": lead[:1],
+    }
+    for size in divisors.get(reduction, ()):
         scale = scale / _reduce.as_float(max(size, 1), dtype)
     operands = _linear.Operands(
         features, kernel, bias, positives, labels, pos_weight, label_smoothing, scale
@@ -258,7 +265,7 @@ def _evaluate(
     keep = _reduce.kept(loss, weight, None)
     if keep is not None:
         loss = jnp.where(keep, loss, 0)
-    return _reduce.reduce_loss(loss, weight, None, None, "none").reshape(lead)
+    return (loss if weight is None else loss * weight).reshape(lead)
 
 
 def _by_row_and_whole(features: Any, *_: Any, **__: Any) -> tuple[PartitionSpec, PartitionSpec]:

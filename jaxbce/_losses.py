@@ -43,6 +43,7 @@ def bce_with_logits(
     pos_weight: ArrayLike | None = None,
     label_smoothing: ArrayLike = 0.0,
     where: ArrayLike | None = None,
+    axis: int | tuple[int, ...] | None = None,
     reduction: str = "mean",
     forward_mode: bool = False,
 ) -> jax.Array:
@@ -65,24 +66,27 @@ def bce_with_logits(
       label_smoothing: number a in [0, 1]; labels become y (1 − a) + a / 2.
       where: bool array that broadcasts to the shape of logits; False leaves an element out. None
         keeps everything.
-      reduction: "mean" is Σ loss / number of kept elements, "sum" Σ loss, "batchmean" Σ loss /
-        number of rows (all axes but the last) that keep an element, "none" the unreduced loss, 0
-        where masked. `weight` is in no divisor.
+      axis: int or tuple of ints, the axes that are reduced; None reduces all of them.
+      reduction: "mean" is Σ loss / number of kept elements, in which `weight` does not count;
+        "weighted_mean" Σ loss / Σ w over kept elements; "sum" Σ loss; "batchmean" Σ loss / number
+        of entries of the first axis that keep an element; "none" the unreduced loss, 0 where
+        masked. With "batchmean" and "none" axis is None.
       forward_mode: True selects a rule that also supports `jax.jvp`, `jax.jacfwd` and
         `jax.linearize`; it may keep intermediate values for the backward pass.
 
     Returns:
-      The loss in float32 (float64 for float64 logits): a scalar, or for "none" an array of the
-      shape of logits.
+      The loss in float32 (float64 for float64 logits): a scalar, with `axis` an array of the axes
+      that stay, for "none" one of the shape of logits.
 
     Raises:
       TypeError: logits are not floating-point, where is not bool, an argument is not an array.
       ValueError: labels have another shape than logits, weight, pos_weight or where does not
-        broadcast to it, or reduction or label_smoothing is not valid.
+        broadcast to it, or label_smoothing, axis or reduction is not valid.
 
     Edge values: a zero coefficient annihilates (0 · ∞ = 0). (+∞, 1) and (−∞, 0) give loss 0 and
     gradient 0; (+∞, 0) gives loss ∞ and gradient 1; (−∞, 1) gives loss ∞ and gradient −q; NaN
-    gives NaN. Where masked, or where weight is 0, anything gives 0. Nothing kept gives 0.
+    gives NaN. Where masked, or where weight is 0, anything gives 0. Nothing kept gives 0, and so
+    does "weighted_mean" where Σ w is 0.
 
     Differentiable: with respect to logits, float labels, weight and pos_weight, each in its own
     dtype and shape, in reverse mode and forward over reverse (`jax.hessian`) to any order;
@@ -109,6 +113,7 @@ def bce_with_logits(
         weight=weight,
         label_smoothing=label_smoothing,
         where=where,
+        axis=axis,
         reduction=reduction,
     )
 
@@ -171,7 +176,6 @@ def sigmoid_binary_cross_entropy(
         weight=weight,
         label_smoothing=label_smoothing,
         where=where,
-        reduction="none",
     )
 
 
@@ -183,6 +187,7 @@ def sparse_bce_with_logits(
     pos_weight: ArrayLike | None = None,
     label_smoothing: ArrayLike = 0.0,
     where: ArrayLike | None = None,
+    axis: int | tuple[int, ...] | None = None,
     reduction: str = "mean",
 ) -> jax.Array:
     """`bce_with_logits` with the labels given as the ids of the positives.
@@ -204,11 +209,13 @@ def sparse_bce_with_logits(
       label_smoothing: number a in [0, 1]; labels become y (1 − a) + a / 2.
       where: bool array that broadcasts to the shape of logits; False leaves an element out. None
         keeps everything.
-      reduction: "mean", "sum", "batchmean" or "none", as for `bce_with_logits`.
+      axis: int or tuple of ints, the axes that are reduced; None reduces all of them.
+      reduction: "mean", "weighted_mean", "sum", "batchmean" or "none", as for `bce_with_logits`.
 
     Returns:
-      The loss in float32 (float64 for float64 logits): a scalar, or for "none" an array of the
-      shape of logits. It makes the multi-hot labels in uint8: L bytes per row.
+      The loss in float32 (float64 for float64 logits): a scalar, with `axis` an array of the axes
+      that stay, for "none" one of the shape of logits. It makes the multi-hot labels in uint8: L
+      bytes per row.
 
     Raises:
       TypeError: logits are not floating-point, positives not integer, where not bool.
@@ -236,6 +243,7 @@ def sparse_bce_with_logits(
         weight=weight,
         label_smoothing=label_smoothing,
         where=where,
+        axis=axis,
         reduction=reduction,
         sparse=True,
     )
@@ -246,7 +254,9 @@ def bce(
     labels: ArrayLike,
     *,
     weight: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
     where: ArrayLike | None = None,
+    axis: int | tuple[int, ...] | None = None,
     reduction: str = "mean",
 ) -> jax.Array:
     """Binary cross-entropy of probabilities against labels.
@@ -266,18 +276,20 @@ def bce(
       labels: float, integer or bool array of the same shape, in [0, 1].
       weight: real array that broadcasts to the shape of probs and multiplies the loss; None is 1.
         One value per row of a (batch, labels) array is `weight[:, None]`.
+      label_smoothing: number a in [0, 1]; labels become y (1 − a) + a / 2.
       where: bool array that broadcasts to the shape of probs; False leaves an element out. None
         keeps everything.
-      reduction: "mean", "sum", "batchmean" or "none", as for `bce_with_logits`.
+      axis: int or tuple of ints, the axes that are reduced; None reduces all of them.
+      reduction: "mean", "weighted_mean", "sum", "batchmean" or "none", as for `bce_with_logits`.
 
     Returns:
-      The loss in float32 (float64 for float64 probs): a scalar, or for "none" an array of the shape
-      of probs.
+      The loss in float32 (float64 for float64 probs): a scalar, with `axis` an array of the axes
+      that stay, for "none" one of the shape of probs.
 
     Raises:
       TypeError: probs are not floating-point, where is not bool, an argument is not an array.
       ValueError: labels have another shape than probs, weight or where does not broadcast to it,
-        or reduction is not valid.
+        or label_smoothing, axis or reduction is not valid.
 
     Edge values: (0, 0) and (1, 1) give loss 0 and gradient 0; (0, 1) and (1, 0) give loss 100 and
     gradients −1e12 and 1e12. Where masked, or where weight is 0, anything gives 0.
@@ -293,7 +305,15 @@ def bce(
     Source: PyTorch's `BCELoss`, whose clamps it shares.
     """
     return evaluate(
-        "bce", BCE_OF_PROBS, probs, labels, weight=weight, where=where, reduction=reduction
+        "bce",
+        BCE_OF_PROBS,
+        probs,
+        labels,
+        weight=weight,
+        label_smoothing=label_smoothing,
+        where=where,
+        axis=axis,
+        reduction=reduction,
     )
 
 
@@ -307,11 +327,13 @@ def evaluate(
     weight: ArrayLike | None = None,
     label_smoothing: ArrayLike = 0.0,
     where: ArrayLike | None = None,
-    reduction: str = "mean",
+    axis: int | tuple[int, ...] | None = None,
+    reduction: str = "none",
     sparse: bool = False,
 ) -> jax.Array:
     """Checks what does not need an array, then makes one cached, compiled call."""
     _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
+    axes = _checks.axes_or_none(name, axis, reduction)
     arrays = _checks.admit(
         name,
         **{loss.scores: scores, "positives" if sparse else "labels": labels},
@@ -321,16 +343,22 @@ def evaluate(
         where=where,
     )
     result: jax.Array = evaluate_arrays(
-        *arrays, name=name, loss=loss, reduction=reduction, sparse=sparse
+        *arrays, name=name, loss=loss, reduction=reduction, axes=axes, sparse=sparse
     )
     return result
 
 
-def result_spec(scores: Any, *others: Any, reduction: str, **_: Any) -> PartitionSpec:
-    return _placement.common_spec(scores, *others) if reduction == "none" else PartitionSpec()
+def result_spec(
+    scores: Any, *others: Any, name: str, loss: Elementwise, reduction: str, axes: Any, **_: Any
+) -> PartitionSpec:
+    spec = _placement.common_spec(scores, *others)
+    if reduction == "none":
+        return spec
+    reduced = _checks.axes_of(name, axes, loss.scores, len(spec))
+    return PartitionSpec(*(names for axis, names in enumerate(spec) if axis not in reduced))
 
 
-@_placement.compiled("name", "loss", "reduction", "sparse", result=result_spec)
+@_placement.compiled("name", "loss", "reduction", "axes", "sparse", result=result_spec)
 def evaluate_arrays(
     scores: Any,
     labels: Any,
@@ -338,12 +366,14 @@ def evaluate_arrays(
     name: str,
     loss: Elementwise,
     reduction: str,
+    axes: tuple[int, ...] | None,
     sparse: bool,
 ) -> jax.Array:
     *parameters, weight, label_smoothing, where = options
     x = _checks.floating(name, loss.scores, scores)
     dtype, shape = _kernels.accumulator(x), x.shape
     x = x.astype(dtype)
+    axes = _checks.axes_of(name, axes, loss.scores, x.ndim)
     where = _checks.mask(name, where, loss.scores, shape)
 
     def broadcast(argument: str, values: Any) -> jax.Array | None:
@@ -380,4 +410,4 @@ def evaluate_arrays(
         _checks.check_unit_interval(name, "label_smoothing", a)
         y = y * (1 - a) + a / 2
     values = _kernels.over(loss.kernel, x.ndim)(x, y, *extras)
-    return _reduce.reduce_loss(values, weight, keep, where, reduction)
+    return _reduce.reduce_loss(values, weight, keep, where, reduction, axes)

@@ -32,7 +32,7 @@ class BCEWithLogitsLoss:
       pos_weight: a leaf; real array that broadcasts to the shape of logits, usually (labels,), and
         multiplies the positive term only; None is 1.
       label_smoothing: Python number a in [0, 1]; labels become y (1 − a) + a / 2.
-      reduction: "mean", "sum", "batchmean" or "none", as for `bce_with_logits`.
+      reduction: "mean", "weighted_mean", "sum", "batchmean" or "none", as for `bce_with_logits`.
 
     Returns:
       An object to call with `(logits, labels, *, where=None)`, which returns what `bce_with_logits`

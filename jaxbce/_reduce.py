@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-REDUCTIONS = ("mean", "sum", "batchmean", "none")
+REDUCTIONS = ("mean", "weighted_mean", "sum", "batchmean", "none")
 
 
 def counted(weight: jax.Array | None, where: jax.Array | None) -> jax.Array | None:
@@ -33,50 +33,62 @@ def as_float(size: Any, dtype: Any) -> jax.Array:
     return jnp.asarray(float(size) if isinstance(size, int) else size, dtype)
 
 
+def inverse(total: jax.Array) -> jax.Array:
+    """1 / total, and 0 for a total of 0: of nothing, the mean is 0."""
+    nothing = total == 0
+    return jnp.where(nothing, 0, 1 / jnp.where(nothing, 1, total))
+
+
 def reduce_loss(
     loss: jax.Array,
     weight: jax.Array | None,
     keep: jax.Array | None,
     where: jax.Array | None,
     reduction: str,
+    axes: tuple[int, ...] = (),
 ) -> jax.Array:
-    """`loss`, weighted, without what is not kept, reduced.
+    """`loss`, weighted, without what is not kept, reduced over `axes`.
 
-    mean = Σ loss / number of elements where `where` holds; batchmean = Σ loss / number of rows with
-    such an element. The weight is in no divisor, and a divisor of 0 counts as 1.
+    mean = Σ w · loss / number of elements where `where` holds; weighted_mean = Σ w · loss / Σ w, of
+    which the weight is 0 where it is not kept; batchmean = Σ w · loss / number of entries of the
+    first axis with an element where `where` holds.
     """
     if weight is not None:
         loss = loss * weight
-    per_row = reduction == "batchmean"
-    units = loss.shape[:-1] if per_row else loss.shape
-    divided = reduction in ("mean", "batchmean")
-    if where is not None and divided:
-        # Before the sum: dividing it afterwards would cost another pass over memory, because the
-        # divisor would then be unknown when the gradient can be computed with the loss.
-        loss = loss * (1 / jnp.maximum(count_kept(where, units, per_row, loss.dtype), 1))
+    counted_axes = axes
+    if reduction == "batchmean":
+        counted_axes = axes[:1]
+        where = None if where is None else jnp.any(where, axis=axes[1:], keepdims=True)
+    # A divisor that depends on arrays comes before the sum. Dividing afterwards would cost another
+    # pass over memory: it would be unknown when the gradient can be computed with the loss.
+    sizes: list[Any] = []
+    if reduction == "weighted_mean" and weight is not None:
+        loss = loss * inverse(jnp.sum(weight, axes, keepdims=True))
+    elif reduction not in ("sum", "none") and where is not None:
+        loss = loss * inverse(count_kept(where, loss.shape, counted_axes, loss.dtype))
+    elif reduction not in ("sum", "none"):
+        sizes = [loss.shape[axis] for axis in counted_axes]
     if keep is not None:
         loss = jnp.where(keep, loss, 0)
     if reduction == "none":
         return loss
-    total = jnp.sum(loss)
-    if where is None and divided:
-        return total / as_float(max(math.prod(units), 1), loss.dtype)
-    return total
+    return jnp.sum(loss, axes) / as_float(max(math.prod(sizes), 1), loss.dtype)
 
 
 def count_kept(
-    where: jax.Array, units: tuple[int, ...], per_row: bool, dtype: jnp.dtype
+    where: jax.Array, shape: tuple[int, ...], axes: tuple[int, ...], dtype: Any
 ) -> jax.Array:
-    """How many of the `units` that `where` stands for it keeps, without broadcasting it."""
-    if per_row and where.ndim:
-        where = jnp.any(where, axis=-1)
-    repeats = [size for own, size in zip(where.shape, units, strict=True) if own != size]
-    return count_true(where, dtype) * as_float(math.prod(repeats), dtype)
+    """How many elements of `shape` the mask keeps over `axes`, without broadcasting it to that."""
+    repeats = [shape[axis] for axis in axes if where.shape[axis] != shape[axis]]
+    return count_true(where, axes, dtype) * as_float(math.prod(repeats), dtype)
 
 
-def count_true(where: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def count_true(where: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.Array:
     """The number of True elements, of which there may be more than an int32 counts."""
-    if isinstance(where.size, int) and where.size <= 2**24:
+    size = math.prod(where.shape[axis] for axis in axes)
+    if isinstance(size, int) and size <= 2**24:
         # Exact in float32, and of int8 it needs no copy of the mask on a CPU.
-        return jnp.sum(where.astype(jnp.int8), dtype=jnp.float32).astype(dtype)
-    return jnp.sum(jnp.sum(where, axis=-1, dtype=jnp.int32).astype(dtype))
+        ones = where.astype(jnp.int8)
+        return jnp.sum(ones, axes, dtype=jnp.float32, keepdims=True).astype(dtype)
+    ones = jnp.sum(where, axes[-1], dtype=jnp.int32, keepdims=True)
+    return jnp.sum(ones.astype(dtype), axes[:-1], keepdims=True)

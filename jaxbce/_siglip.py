@@ -16,26 +16,31 @@ def siglip_loss(
     log_scale: ArrayLike,
     bias: ArrayLike,
     *,
+    positives: ArrayLike | None = None,
     chunk_size: int | None = None,
     mesh: Mesh | None = None,
     axis: str | None = None,
 ) -> jax.Array:
     """The pairwise sigmoid loss of images and their texts, without the matrix of all pairs.
 
-    Use it to train two encoders so that image i matches text i and no other, with batches whose
-    [batch, batch] logits would not fit.
+    Use it to train two encoders so that image i matches text i and no other, or the texts that
+    `positives` names, with batches whose [batch, batch] logits would not fit.
 
     Formula, with z = exp(log_scale) · image[i] · text[j] + bias:
 
-      loss = 1 / batch · Σᵢ Σⱼ softplus(−z where i = j, z elsewhere)
+      loss = 1 / batch · Σᵢ Σⱼ softplus(−z where j belongs to i, z elsewhere)
 
     The divisor is the number of rows, not of pairs.
 
     Args:
       image_embeddings: float array [batch, D], usually of unit length.
-      text_embeddings: float array [batch, D]; row i belongs to image i.
-      log_scale: number, the logarithm of the inverse temperature; the paper starts at log 10.
-      bias: number; the paper starts at −10.
+      text_embeddings: float array [batch, D]; row i belongs to image i, unless positives are given.
+      log_scale: one number, of shape (), (1,) or (1, 1): the logarithm of the inverse temperature;
+        the paper starts at log 10. Code that passes the temperature itself passes its logarithm.
+      bias: one number, of shape (), (1,) or (1, 1); the paper starts at −10. With p = 1 / batch the
+        share of pairs that match, log(p / (1 − p)) starts at a loss that already knows p.
+      positives: integer array [batch, P], the rows of the texts that belong to each image, padded
+        with -1; None is the row of the image itself.
       chunk_size: number of texts at a time; None chooses.
       mesh: devices to share the work; None uses one.
       axis: axis of the mesh over which images and texts are sharded. Each device compares its
@@ -45,14 +50,16 @@ def siglip_loss(
       The loss, a scalar in float32 (float64 where an embedding is).
 
     Raises:
-      TypeError: an embedding is not floating-point, or an argument is not an array or a number.
+      TypeError: an embedding is not floating-point, positives not integer, or an argument is not an
+        array or a number.
       ValueError: a shape does not fit, the axis of the mesh does not exist or does not divide the
         batch, or chunk_size is not valid.
 
-    Edge values: an empty batch gives 0.
+    Edge values: an empty batch gives 0. A positive outside [0, batch) is padding, duplicates count
+    once.
 
-    Differentiable: with respect to both embeddings, log_scale and bias, each in its own dtype, in
-    reverse mode; forward over reverse and reverse over reverse too.
+    Differentiable: with respect to both embeddings, log_scale and bias, each in its own dtype and
+    shape, in reverse mode; forward over reverse and reverse over reverse too.
 
     Example:
       >>> import jax.numpy as jnp, jaxbce
@@ -70,6 +77,7 @@ def siglip_loss(
         text_embeddings=text_embeddings,
         log_scale=log_scale,
         bias=bias,
+        positives=positives,
     )
     loss: jax.Array = _siglip(*arrays, name=name, devices=devices)
     return loss
@@ -81,6 +89,7 @@ def _siglip(
     text_embeddings: Any,
     log_scale: Any,
     bias: Any,
+    positives: Any,
     *,
     name: str,
     devices: _sharding.Devices,
@@ -92,15 +101,20 @@ def _siglip(
         )
     texts = _checks.floating(name, "text_embeddings", text_embeddings)
     texts = _checks.shaped(name, "text_embeddings", texts, images.shape, "(batch, width)")
-    log_scale = _checks.number(name, "log_scale", log_scale)
-    bias = _checks.number(name, "bias", bias)
+    log_scale = _checks.number(name, "log_scale", log_scale, most_axes=2)
+    bias = _checks.number(name, "bias", bias, most_axes=2)
     dtype = _kernels.accumulator(images, texts)
     batch = images.shape[0]
+    if positives is None:
+        positives = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    positives = _checks.positives(
+        name, positives, batch, rows_of=("image_embeddings", images.shape)
+    )
     operands = _linear.Operands(
         features=images.astype(dtype) * jnp.exp(log_scale.astype(dtype)),
         kernel=texts.T,
         bias=jnp.broadcast_to(bias.astype(dtype), batch),
-        positives=jnp.arange(batch, dtype=jnp.int32)[:, None],
+        positives=positives,
         labels=None,
         pos_weight=None,
         label_smoothing=None,

@@ -32,7 +32,7 @@ def jaxbce_sum(logits: Any, labels: Any, options: Options) -> jax.Array:
 
 
 def focal_mean(logits: Any, labels: Any, options: Options) -> jax.Array:
-    return jaxbce.sigmoid_focal_loss(logits, labels, **options)
+    return jaxbce.focal_loss(logits, labels, **options)
 
 
 def asymmetric_mean(logits: Any, labels: Any, options: Options) -> jax.Array:

@@ -4,7 +4,7 @@
     python examples/multilabel_digits.py           # about 50 s of CPU time; --help for options
 
 A small convolutional network (Flax NNX) is trained from scratch with plain binary cross-entropy,
-with `balanced_pos_weight`, with `sigmoid_focal_loss` and with `asymmetric_loss`, from three seeds
+with `balanced_pos_weight`, with `focal_loss` and with `asymmetric_loss`, from three seeds
 each. Everything else is the same: images, batches, network, optimizer, epochs.
 
 Data: the 1797 digits of 8 x 8 pixels bundled with scikit-learn (UCI "Optical Recognition of
@@ -151,7 +151,7 @@ def losses_to_compare(train_labels: np.ndarray) -> dict[str, Loss]:
     return {
         "BCE": jaxbce.bce_with_logits,
         "BCE, pos_weight": functools.partial(jaxbce.bce_with_logits, pos_weight=pos_weight),
-        "focal": functools.partial(jaxbce.sigmoid_focal_loss, gamma=2.0, alpha=0.25),
+        "focal": functools.partial(jaxbce.focal_loss, gamma=2.0, alpha=0.25),
         "asymmetric": functools.partial(jaxbce.asymmetric_loss, stop_focus_gradient=True),
     }
 

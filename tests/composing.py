@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from heads import head
-from losses import LOSSES
+from losses import LOSSES, reduced
 
 import jaxbce
 import jaxbce.nnx
@@ -64,16 +64,6 @@ def smoothed(labels, label_smoothing):
     return labels * (1 - label_smoothing) + label_smoothing / 2
 
 
-def reduced(loss, reduction, where=None):
-    """Divided by what `where` keeps, or by everything."""
-    if reduction == "none":
-        return loss
-    kept = jnp.ones(loss.shape, bool) if where is None else jnp.broadcast_to(where, loss.shape)
-    if reduction == "batchmean":
-        kept = kept.any(-1)
-    return loss.sum() / (1.0 if reduction == "sum" else kept.astype(loss.dtype).sum())
-
-
 def dense_elementwise(formula, arguments, reduction):
     given = dict(arguments)
     x, y = given.pop("scores"), given.pop("labels")
@@ -81,7 +71,8 @@ def dense_elementwise(formula, arguments, reduction):
     y = smoothed(y.astype(x.dtype), given.pop("label_smoothing", 0.0))
     extras = [jnp.broadcast_to(extra, x.shape) for extra in given.values()]
     loss = formula(x, y, *extras) * jnp.broadcast_to(weight, x.shape)
-    return reduced(loss if where is None else jnp.where(where, loss, 0), reduction, where)
+    loss = loss if where is None else jnp.where(where, loss, 0)
+    return reduced(loss, weight, where, reduction=reduction)
 
 
 def dense_logits(arguments):
@@ -101,7 +92,7 @@ def dense_head(arguments, reduction="mean"):
         logits, labels, jnp.broadcast_to(arguments.get("pos_weight", 1.0), logits.shape)
     )
     loss = loss * jnp.expand_dims(arguments.get("weight", jnp.ones_like(loss[:, 0])), 1)
-    return loss.sum(-1) if reduction == "none" else reduced(loss, reduction)
+    return loss.sum(-1) if reduction == "none" else reduced(loss, reduction=reduction)
 
 
 def dense_pairs(arguments):
@@ -140,7 +131,7 @@ def elementwise(loss, reduction):
         }
         if loss.pos_weight:
             drawn["pos_weight"] = rng.uniform(0.5, 2, labels)
-        if loss.pos_weight and loss.name != "BCEWithLogitsLoss":  # there it is a constant
+        if loss.smoothing:
             drawn["label_smoothing"] = np.array(0.1)
         return in_float32(drawn | {"where": rng.random(hard.shape) < 0.7})
 
@@ -229,7 +220,9 @@ def flax_top_k(arguments, k):
 
 ELEMENTWISE = [
     elementwise(loss, reduction)
-    for loss, reduction in zip(LOSSES, itertools.cycle(["mean", "none", "batchmean"]), strict=False)
+    for loss, reduction in zip(
+        LOSSES, itertools.cycle(["mean", "none", "batchmean", "weighted_mean"]), strict=False
+    )
 ]
 PLAIN = linear("plain", ["positives"])
 OPTIONAL = linear("options", [*OPTIONS, "positives"])

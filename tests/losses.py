@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
@@ -20,7 +20,7 @@ class Loss:
     probs: bool = False  # scores are probabilities
     forward: bool = False  # also differentiable in forward mode
     pos_weight: bool = False  # takes one
-    smoothing: bool = False  # takes label_smoothing
+    smoothing: bool = True  # takes label_smoothing, also a traced one
     symmetric: bool = True  # (x, y) is as (-x, 1 - y)
     # (value, derivative) at (+∞, 0) and at (-∞, 1)
     limits: tuple = ((np.inf, 1), (np.inf, -1))
@@ -40,27 +40,45 @@ class Loss:
         return scores.astype(dtype), rng.integers(0, 2, shape).astype(np.float32)
 
 
-def configured(scores, labels, *, where=None, **options):
-    return jaxbce.BCEWithLogitsLoss(**options)(scores, labels, where=where)
+def configured(scores, labels, *, where=None, axis=None, **options):
+    """Without an axis of its own: of the reductions along one, it has "none"."""
+    if axis is None:
+        return jaxbce.BCEWithLogitsLoss(**options)(scores, labels, where=where)
+    reduction = options.pop("reduction", "mean")
+    weight = options.get("weight")
+    loss = jaxbce.BCEWithLogitsLoss(**options, reduction="none")(scores, labels, where=where)
+    return reduced(loss, weight, where, axis, reduction)
 
 
-def reduced_by_hand(scores, labels, *, reduction="mean", where=None, **options):
-    """`sigmoid_binary_cross_entropy` has no reduction of its own."""
-    loss = jaxbce.sigmoid_binary_cross_entropy(scores, labels, where=where, **options)
-    kept = np.ones((), bool) if where is None else where
-    kept = jax.numpy.broadcast_to(kept, loss.shape).astype(loss.dtype)
-    rows = kept.max(axis=-1, initial=0) if loss.ndim else kept
+def reduced(loss, weight=None, where=None, axis=None, reduction="mean"):
+    """An unreduced loss, weighted and masked, in plain jnp."""
     if reduction == "none":
         return loss
-    divisor = {"sum": 1.0, "mean": kept.sum(), "batchmean": rows.sum()}[reduction]
-    return loss.sum() / jax.numpy.maximum(divisor, 1)
+    kept = jnp.broadcast_to(True if where is None else where, loss.shape).astype(loss.dtype)
+    counted = kept
+    if reduction == "weighted_mean" and weight is not None:
+        counted = jnp.where(kept > 0, jnp.broadcast_to(weight, loss.shape).astype(loss.dtype), 0)
+    elif reduction == "batchmean":
+        counted = kept.max(axis=tuple(range(1, loss.ndim)), initial=0)
+    divisor = 1 if reduction == "sum" else counted.sum(axis)
+    return jnp.where(divisor == 0, 0, loss.sum(axis) / jnp.where(divisor == 0, 1, divisor))
+
+
+def reduced_by_hand(fn):
+    """Of a function that peers know unreduced."""
+
+    def call(scores, labels, *, reduction="mean", axis=None, weight=None, where=None, **options):
+        loss = fn(scores, labels, weight=weight, where=where, **options)
+        return reduced(loss, weight, where, axis, reduction)
+
+    return call
 
 
 def focal(gamma, alpha=None, **fields):
     options = {"gamma": gamma, "alpha": alpha}
     return Loss(
-        f"sigmoid_focal_loss-{gamma}-{alpha}",
-        functools.partial(jaxbce.sigmoid_focal_loss, **options),
+        f"focal_loss-{gamma}-{alpha}",
+        functools.partial(jaxbce.focal_loss, **options),
         functools.partial(oracle.focal, **options),
         **fields,
     )
@@ -79,11 +97,11 @@ def asymmetric(gamma_neg=4.0, gamma_pos=1.0, clip=0.05, **fields):
 
 def from_positives(scores, labels, *, reduction="mean", **options):
     """Hard labels as the ids of the positives; a lone logit is a row of one label."""
-    rows, labels = jax.numpy.atleast_1d(scores, labels)
-    ids = jax.numpy.arange(labels.shape[-1])
-    positives = jax.numpy.where(labels.astype(bool), ids, -1)
+    rows, labels = jnp.atleast_1d(scores, labels)
+    ids = jnp.arange(labels.shape[-1])
+    positives = jnp.where(labels.astype(bool), ids, -1)
     loss = jaxbce.sparse_bce_with_logits(rows, positives, reduction=reduction, **options)
-    return loss.reshape(jax.numpy.shape(scores)) if reduction == "none" else loss
+    return loss.reshape(jnp.shape(scores)) if reduction == "none" else loss
 
 
 LOSSES = [
@@ -92,7 +110,6 @@ LOSSES = [
         jaxbce.bce_with_logits,
         oracle.bce_with_logits,
         pos_weight=True,
-        smoothing=True,
     ),
     Loss(
         "bce_with_logits-forward_mode",
@@ -100,23 +117,20 @@ LOSSES = [
         oracle.bce_with_logits,
         forward=True,
         pos_weight=True,
-        smoothing=True,
     ),
     Loss(
         "bce_with_logits-pos_weight",
         functools.partial(jaxbce.bce_with_logits, pos_weight=3.5),
         functools.partial(oracle.bce_with_logits, q=3.5),
-        smoothing=True,
         symmetric=False,
         limits=((np.inf, 1), (np.inf, -3.5)),
     ),
-    Loss("BCEWithLogitsLoss", configured, oracle.bce_with_logits, pos_weight=True),
+    Loss("BCEWithLogitsLoss", configured, oracle.bce_with_logits, pos_weight=True, smoothing=False),
     Loss(
         "sigmoid_binary_cross_entropy",
-        reduced_by_hand,
+        reduced_by_hand(jaxbce.sigmoid_binary_cross_entropy),
         oracle.bce_with_logits,
         pos_weight=True,
-        smoothing=True,
     ),
     Loss(
         "sparse_bce_with_logits",
@@ -124,10 +138,19 @@ LOSSES = [
         oracle.bce_with_logits,
         dense=False,
         pos_weight=True,
-        smoothing=True,
     ),
     Loss("bce", jaxbce.bce, oracle.bce, probs=True),
     focal(gamma=0.5, alpha=0.25, symmetric=False, limits=((np.inf, 0.75), (np.inf, -0.25))),
+    Loss(
+        "sigmoid_focal_loss-array of 1.5",
+        reduced_by_hand(
+            lambda *args, **options: jaxbce.sigmoid_focal_loss(
+                *args, gamma=jnp.float32(1.5), **options
+            )
+        ),
+        functools.partial(oracle.focal, gamma=1.5),
+        smoothing=False,
+    ),
     asymmetric(limits=((-(0.95**4) * np.log(0.05), 0), (np.inf, -1))),
 ]
 

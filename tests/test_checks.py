@@ -52,7 +52,9 @@ def test_bad_arguments(loss, scores, labels, options, error, message):
 
 @pytest.mark.parametrize("fn", [jaxbce.bce_with_logits, jaxbce.bce], ids=lambda fn: fn.__name__)
 def test_unknown_reduction_lists_the_valid_ones(fn):
-    with pytest.raises(ValueError, match="mean, sum, batchmean, none, got 'average'"):
+    with pytest.raises(
+        ValueError, match="mean, weighted_mean, sum, batchmean, none, got 'average'"
+    ):
         fn(X, X, reduction="average")
 
 
@@ -93,7 +95,11 @@ KERNEL = np.ones((2, 3), np.float32)
 CALLS = {
     "bce_with_logits": ("labels", X, lambda v: jaxbce.bce_with_logits(X, v)),
     "bce": ("probs", X, lambda v: jaxbce.bce(v, X)),
-    "sigmoid_focal_loss": ("logits", X, lambda v: jaxbce.sigmoid_focal_loss(v, X)),
+    "focal_loss": ("logits", X, lambda v: jaxbce.focal_loss(v, X)),
+    "sigmoid_focal_loss": ("gamma", X, lambda v: jaxbce.sigmoid_focal_loss(X, X, gamma=v)),
+    "softplus": ("x", X, jaxbce.softplus),
+    "log_sigmoid": ("x", X, jaxbce.log_sigmoid),
+    "sigmoid": ("x", X, jaxbce.sigmoid),
     "asymmetric_loss": ("weight", X, lambda v: jaxbce.asymmetric_loss(X, X, weight=v)),
     "sparse_bce_with_logits": ("positives", IDS, lambda v: jaxbce.sparse_bce_with_logits(X, v)),
     "linear_bce_with_logits": (

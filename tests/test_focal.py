@@ -19,7 +19,7 @@ FLUSHED = 5 * 88
 GAMMAS = [0.0, 0.5, 1.0, 1.5, 2.0, 5.0]
 TAILS = np.array([-80, -30.7, -17, -5.3, -1.1, -1e-3, 1e-3, 1.1, 5.3, 17, 30.7, 80], np.float32)
 
-focal, asymmetric = jaxbce.sigmoid_focal_loss, jaxbce.asymmetric_loss
+focal, asymmetric = jaxbce.focal_loss, jaxbce.asymmetric_loss
 every_gamma = pytest.mark.parametrize("gamma", GAMMAS, ids="gamma={}".format)
 every_label = pytest.mark.parametrize("label", [0, 1], ids="label={}".format)
 every_16_bit_dtype = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -299,10 +299,10 @@ def test_stop_focus_gradient(clip, rng):
 @pytest.mark.parametrize(
     ("loss", "options", "message"),
     [
-        (focal, {"gamma": -1}, "sigmoid_focal_loss: gamma must be finite and at least 0, got -1"),
+        (focal, {"gamma": -1}, "focal_loss: gamma must be finite and at least 0, got -1"),
         (focal, {"gamma": np.inf}, "gamma must be finite"),
         (focal, {"gamma": np.nan}, "gamma must be finite"),
-        (focal, {"alpha": 1.5}, r"sigmoid_focal_loss: alpha must be in \[0, 1\], got 1.5"),
+        (focal, {"alpha": 1.5}, r"focal_loss: alpha must be in \[0, 1\], got 1.5"),
         (asymmetric, {"gamma_neg": -0.1}, "asymmetric_loss: gamma_neg must be finite and at least"),
         (asymmetric, {"gamma_pos": -0.1}, "asymmetric_loss: gamma_pos must be finite and at least"),
         (asymmetric, {"clip": 1.0}, r"asymmetric_loss: clip must be in \[0, 1\), got 1.0"),
@@ -324,9 +324,77 @@ def test_hyper_parameters_out_of_range(loss, options, message):
         loss(TAILS, TAILS, **options)
 
 
-def test_a_traced_hyper_parameter_says_how_to_make_it_static():
-    with pytest.raises(TypeError, match=r"gamma must be a Python number.*static_argnames='gamma'"):
-        jax.jit(lambda gamma: focal(TAILS, TAILS, gamma=gamma))(2.0)
+def test_a_traced_gamma_of_the_asymmetric_loss_says_how_to_make_it_static():
+    message = r"gamma_neg must be a Python number.*static_argnames='gamma_neg'"
+    with pytest.raises(TypeError, match=message):
+        jax.jit(lambda gamma: asymmetric(TAILS, TAILS, gamma_neg=gamma))(2.0)
+
+
+@every_gamma
+@every_label
+def test_an_array_for_gamma_is_as_its_number(gamma, label):
+    """With two derivatives; within the rounding of the exponent, |log result| units of EPS."""
+    x = np.concatenate([TAILS, np.float32([-np.inf, np.inf])])
+
+    def derivatives(gamma):
+        first = jax.grad(lambda x: focal(x, label, gamma=gamma, alpha=0.25))
+        return [jax.vmap(fn)(x) for fn in (first, jax.grad(first))]
+
+    for got, expected in zip(jax.jit(derivatives)(gamma), derivatives(gamma), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=100 * EPS, atol=1e-30)
+
+
+def test_gamma_and_alpha_are_mapped_and_differentiable(rng):
+    """By central differences in float64."""
+    x, y = rng.normal(0, 3, (4, 3)), rng.random((4, 3))
+    gamma, alpha = rng.uniform(0.2, 3, 3), rng.random((4, 1))
+
+    def total(gamma, alpha):
+        return jaxbce.sigmoid_focal_loss(x, y, gamma=gamma, alpha=alpha).sum()
+
+    with jax.enable_x64(True):
+        first = jax.grad(total, (0, 1))
+        got = first(gamma, alpha)
+        assert [slope.shape for slope in got] == [(3,), (4, 1)]
+        step = 1e-6
+        for i in range(3):
+            above, below = gamma + step * np.eye(3)[i], gamma - step * np.eye(3)[i]
+            slope = (total(above, alpha) - total(below, alpha)) / (2 * step)
+            np.testing.assert_allclose(got[0][i], slope, rtol=1e-6)
+            mixed = [
+                (a - b) / (2 * step)
+                for a, b in zip(first(above, alpha), first(below, alpha), strict=True)
+            ]
+            hessian = jax.jacfwd(first)(gamma, alpha)
+            np.testing.assert_allclose(hessian[0][:, i], mixed[0], rtol=1e-5, atol=1e-8)
+        gammas = np.stack([gamma, gamma / 2])
+        mapped = jax.vmap(total, (0, None))(gammas, alpha)
+        np.testing.assert_allclose(mapped, [total(each, alpha) for each in gammas], rtol=1e-12)
+
+
+@every_gamma
+@every_label
+def test_the_gradient_of_gamma_is_finite_in_the_tails(gamma, label):
+    """∂ loss / ∂ gamma = loss · log(1 - p_t), also where p_t rounds to 1 and at infinite logits."""
+    for x in (-300.0, -20.0, 0.0, 20.0, 300.0, np.inf, -np.inf):
+        slope = jax.grad(lambda gamma, x=x: focal(np.float32(x), label, gamma=gamma))
+        got = slope(jnp.float32(gamma))
+        near = x < 0 if label == 0 else x > 0
+        assert np.isfinite(got) or not near
+        if np.isfinite(x):
+            p = oracle.sigmoid(np.float64(x if label == 0 else -x))
+            expected = p**gamma * oracle.softplus(np.float64(x if label == 0 else -x)) * np.log(p)
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-30)
+
+
+def test_hyper_parameters_by_label(rng):
+    """A gamma and an alpha for each label are as that many calls."""
+    x, y = rng.normal(0, 3, (5, 3)).astype(np.float32), rng.integers(0, 2, (5, 3))
+    gamma, alpha = np.float32([0.5, 1, 2]), np.float32([0.25, 0.5, 0.9])
+    got = jaxbce.sigmoid_focal_loss(x, y, gamma=gamma, alpha=alpha)
+    for i in range(3):
+        column = jaxbce.sigmoid_focal_loss(x[:, i], y[:, i], gamma=float(gamma[i]), alpha=alpha[i])
+        np.testing.assert_allclose(got[:, i], column, rtol=50 * EPS)
 
 
 def test_alpha_of_one_and_numpy_numbers_are_fine():

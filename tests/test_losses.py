@@ -8,14 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from losses import LOSSES, dense_losses, every_loss, logit_losses, pos_weight_losses
+from losses import (
+    LOSSES,
+    dense_losses,
+    every_loss,
+    logit_losses,
+    pos_weight_losses,
+    reduced,
+)
 from programs import collectives
 
 import jaxbce
 from jaxbce import _reduce
 
 FLOATS = ["float16", "bfloat16", "float32"]
-REDUCTIONS = ["mean", "sum", "batchmean"]
+REDUCTIONS = ["mean", "weighted_mean", "sum", "batchmean"]
 ROW_MASK = np.array([[True], [False], [True], [True]])
 
 
@@ -214,13 +221,76 @@ def test_divisors(loss, mask, weighted, reduction, rng):
     weight = rng.random((4, 5)).astype(np.float32) if weighted else None
     value = loss.oracle(scores.astype(np.float64), labels)[0] * (1 if weight is None else weight)
     kept = np.broadcast_to(where, value.shape)
-    divisor = {"sum": 1, "mean": kept.sum(), "batchmean": kept.any(-1).sum()}[reduction]
+    divisors = {"sum": 1, "mean": kept.sum(), "batchmean": kept.any(-1).sum()}
+    divisors["weighted_mean"] = divisors["mean"] if weight is None else weight[kept].sum()
     got = loss.call(scores, labels, where=where, weight=weight, reduction=reduction)
-    np.testing.assert_allclose(got, value[kept].sum() / max(divisor, 1), rtol=2e-6)
+    np.testing.assert_allclose(got, value[kept].sum() / (divisors[reduction] or 1), rtol=2e-6)
 
 
 @every_loss
-@pytest.mark.parametrize("reduction", ["mean", "batchmean"])
+@pytest.mark.parametrize("reduction", ["mean", "weighted_mean", "sum"])
+@pytest.mark.parametrize("axis", [0, -1, (0, 2), (-2,), ()], ids=str)
+def test_axis(loss, axis, reduction, rng):
+    """What is reduced is as the whole of it alone; the other axes stay."""
+    scores, labels = loss.draw(rng, (2, 3, 4))
+    where, weight = rng.random((2, 1, 4)) < 0.7, rng.random((3, 1)).astype(np.float32)
+    got = loss.call(scores, labels, where=where, weight=weight, axis=axis, reduction=reduction)
+    axes = {each % 3 for each in (axis if isinstance(axis, tuple) else (axis,))}
+    whole = np.broadcast_to(where, scores.shape), np.broadcast_to(weight, scores.shape)
+    value = loss.oracle(np.float64(scores), np.float64(labels))[0]
+    kept, weight = whole[0], np.float64(whole[1])
+    total, counted = np.where(kept, weight * value, 0), np.float64(kept)
+    if reduction == "weighted_mean":
+        counted = kept * weight
+    divisor = 1 if reduction == "sum" else counted.sum(tuple(axes))
+    expected = total.sum(tuple(axes)) / np.where(divisor == 0, 1, divisor)
+    np.testing.assert_allclose(got, expected, rtol=2e-6)
+
+
+@every_loss
+def test_batchmean_of_images_divides_by_the_images(loss, rng):
+    scores, labels = loss.draw(rng, (3, 2, 4, 5))
+    where = np.ones(scores.shape, bool)
+    where[1] = False
+    for mask, images in ((None, 3), (where, 2), (where[:, :1, :1, :1], 2), (where[0], 3)):
+        total = loss.total(scores, labels, where=mask)
+        got = loss.call(scores, labels, where=mask, reduction="batchmean")
+        np.testing.assert_allclose(got, total / images, rtol=1e-6)
+
+
+@every_loss
+@pytest.mark.parametrize("axis", [None, 0], ids="axis={}".format)
+@pytest.mark.parametrize("shape", [(4, 1), (5,), (4, 5)], ids=str)
+def test_weighted_mean_has_the_gradient_of_its_divisor(loss, shape, axis, rng):
+    scores, labels = loss.draw(rng, (4, 5))
+    where = rng.random((4, 5)) < 0.7
+    weight = rng.uniform(0.5, 2, shape).astype(np.float32)
+
+    def ours(scores, weight):
+        options = {"weight": weight, "where": where, "axis": axis, "reduction": "weighted_mean"}
+        return jnp.sum(loss.call(scores, labels, **options) ** 2)
+
+    def by_hand(scores, weight):
+        unreduced = loss.unreduced(scores, labels, weight=weight, where=where)
+        return jnp.sum(reduced(unreduced, weight, where, axis, "weighted_mean") ** 2)
+
+    got, expected = (jax.grad(fn, argnums=(0, 1))(scores, weight) for fn in (ours, by_hand))
+    chex.assert_trees_all_close(got, expected, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [[0.0, 0.0], [1.0, -1.0]], ids=str)
+def test_weighted_mean_of_no_weight_is_zero(weight):
+    def call(x):
+        y, w = np.float32([1, 0]), np.float32(weight)
+        return jaxbce.bce_with_logits(x, y, weight=w, reduction="weighted_mean")
+
+    value, gradient = jax.value_and_grad(call)(np.float32([1, 2]))
+    assert value == 0
+    np.testing.assert_array_equal(gradient, 0)
+
+
+@every_loss
+@pytest.mark.parametrize("reduction", ["mean", "weighted_mean", "batchmean"])
 def test_nothing_kept_gives_zero_and_no_gradient(loss, reduction, rng):
     scores, labels = loss.draw(rng, (4, 5))
     where = np.zeros((4, 5), bool)
@@ -240,7 +310,7 @@ def test_a_large_mask_is_counted_exactly():
     size = 2**25 + 1
     with jax.enable_x64(True):
         where = jnp.ones(size, bool)
-        assert _reduce.count_kept(where, (size,), False, jnp.float64) == size
+        assert _reduce.count_kept(where, (size,), (0,), jnp.float64) == size
 
 
 @every_loss

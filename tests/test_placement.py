@@ -61,8 +61,12 @@ CALLS = {
         functools.partial(jaxbce.bce_with_logits, reduction="none"),
         given(LOGITS, "logits", "labels", "pos_weight"),
     ),
-    "sigmoid_focal_loss": (
-        jaxbce.sigmoid_focal_loss,
+    "bce_with_logits, axis": (
+        functools.partial(jaxbce.bce_with_logits, axis=0, reduction="weighted_mean"),
+        given(LOGITS, "logits", "labels", "weight", "where"),
+    ),
+    "focal_loss": (
+        jaxbce.focal_loss,
         given(LOGITS, "logits", "labels", "weight", "where"),
     ),
     "asymmetric_loss": (jaxbce.asymmetric_loss, given(LOGITS, "logits", "labels", "where")),
@@ -252,7 +256,7 @@ BATCHED = {"logits", "labels", "weight", "where", "features", "positives"}
 BATCHED |= {"image_embeddings", "text_embeddings"}
 HUGE = jax.ShapeDtypeStruct((2**18, 2**17), jnp.bfloat16)  # 2^35 elements
 HUGE_MASKS = {"none": None, "full": HUGE.shape, "rows": (2**18, 1), "labels": (2**17,)}
-REDUCTIONS = ["mean", "sum", "batchmean", "none"]
+REDUCTIONS = ["mean", "weighted_mean", "sum", "batchmean", "none"]
 
 
 def with_options(name):
@@ -340,7 +344,7 @@ def test_more_elements_than_an_int32_counts(loss, mask, reduction):
 def test_a_huge_mean_is_right():
     """2^34 elements, of a mask that broadcasts: the divisor is a product that no int32 holds."""
     where = jnp.array([[True], [False]])
-    counted = _reduce.count_kept(where, (2, 2**33), False, jnp.float32)
+    counted = _reduce.count_kept(where, (2, 2**33), (0, 1), jnp.float32)
     assert counted == 2.0**33
 
 

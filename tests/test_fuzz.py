@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from losses import dense_losses
+from losses import every_kernel
 
 SHAPES = [(), (0,), (5,), (0, 3), (2, 0), (3, 4), (2, 1, 3)]
 EXTREMES = [0.0, -0.0, 1e-30, -1e-30, 16.7, -16.7, 88.0, -88.0, 104.0, 3e4, -3e4]
@@ -67,8 +67,8 @@ def expected_of(loss, scores, labels, options):
         return np.where(keep, weight * value, 0.0), np.where(keep, weight * slope, 0.0)
 
 
-@dense_losses
-@settings(max_examples=60)
+@every_kernel
+@settings(max_examples=50)
 @given(data=st.data())
 def test_any_call(loss, data):
     scores, labels, options, transform = data.draw(calls(loss))

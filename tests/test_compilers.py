@@ -10,13 +10,16 @@ import pytest
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 CASES = ["plain", "pos_weight", "weight", "where", "where per row"]
-CONTENDERS = ["jaxbce", "focal", "asymmetric"]
+VARIANTS = ["jaxbce, weighted_mean", "jaxbce, batchmean", "jaxbce, axis"]
+CONTENDERS = ["jaxbce", *VARIANTS, "focal", "asymmetric"]
 ROWS = [
     (contender, dtype, case)
     for contender in CONTENDERS
     for dtype in ("float32", "bfloat16")
     for case in CASES
-    if contender == "jaxbce" or case != "pos_weight"
+    if contender == "jaxbce"
+    or (case != "pos_weight" and contender not in VARIANTS)
+    or (contender in VARIANTS and dtype == "float32" and case in ("weight", "where"))
 ]
 
 # The platform is chosen before jax is imported: each compiles in a fresh process.

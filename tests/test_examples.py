@@ -49,6 +49,8 @@ def test_help_and_readme(path):
         ("multilabel_yeast_linen", "--epochs 0"),
         ("multilabel_yeast_linen", "--seed -1"),
         ("multilabel_yeast_linen", "--seed 4294967296"),
+        ("equinox_multilabel", "--epochs 0"),
+        ("equinox_multilabel", "--seed -1"),
         ("multilabel_digits", "--epochs 0"),
         ("multilabel_digits", "--seeds 0 -1"),
         ("multilabel_digits", "--seeds 4294967296"),
@@ -213,12 +215,13 @@ def test_multilabel_yeast_starts_anew(yeast, two_epochs, tmp_path, monkeypatch):
         yeast.main(["--workdir", str(workdir), "--resume"])
 
 
-def test_multilabel_yeast_linen_beats_the_label_frequencies(capsys):
-    linen = load("multilabel_yeast_linen")
-    metrics = linen.main(["--epochs", "4", "--seed", "1"])
+@pytest.mark.parametrize("name", ["multilabel_yeast_linen", "equinox_multilabel"])
+def test_a_short_yeast_example_beats_the_label_frequencies(name, capsys):
+    example = load(name)
+    metrics = example.main(["--epochs", "4", "--seed", "1"])
     assert metrics["micro-F1"] > 0.55
     assert metrics["mAP"] > 0.4
-    assert linen.main(["--epochs", "4", "--seed", "1"]) == metrics
+    assert example.main(["--epochs", "4", "--seed", "1"]) == metrics
     assert "label frequencies" in capsys.readouterr().out
 
 

@@ -26,7 +26,9 @@ POSITIVES = np.array(  # duplicate, empty, out of range, first and last, far out
 )
 
 every_chunk = pytest.mark.parametrize("chunk_size", CHUNKS, ids="chunk_size={}".format)
-every_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean", "none"])
+every_reduction = pytest.mark.parametrize(
+    "reduction", ["mean", "weighted_mean", "sum", "batchmean", "none"]
+)
 
 
 def draw(rng, target="positives", dtype=np.float32):
@@ -57,6 +59,8 @@ def dense(arguments, reduction="mean"):
     ).sum(-1)
     rows = rows * given.get("weight", jnp.ones_like(rows))
     divisor = {"mean": logits.size, "batchmean": len(logits)}.get(reduction, 1)
+    if reduction == "weighted_mean":
+        divisor = logits.shape[1] * given.get("weight", jnp.ones_like(rows)).sum()
     return rows if reduction == "none" else rows.sum() / divisor
 
 
@@ -312,6 +316,8 @@ def test_leading_axes_are_rows(reduction, rng):
     flat = {k: v.reshape(-1, *v.shape[2:]) if k in rows else v for k, v in arguments.items()}
     got = head(arguments, reduction=reduction, chunk_size=4)
     expected = head(flat, reduction=reduction, chunk_size=4)
+    if reduction == "batchmean":  # divided by the first axis, which has 2 entries
+        expected = expected * len(flat["features"]) / 2
     np.testing.assert_allclose(got.ravel(), expected.ravel(), rtol=1e-6)
 
 
@@ -445,7 +451,7 @@ def test_lowers_for_every_platform(platform):
         ({"features": np.float32(1)}, ValueError, r"features must have shape \(..., width\)"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be an int of at least 1, got 0"),
         ({"chunk_size": 1.5}, ValueError, "chunk_size must be an int"),
-        ({"reduction": "avg"}, ValueError, "reduction must be one of mean, sum"),
+        ({"reduction": "avg"}, ValueError, "reduction must be one of mean, weighted_mean, sum"),
         ({"label_smoothing": 2.0}, ValueError, "label_smoothing must be in"),
     ],
     ids=[
@@ -549,6 +555,46 @@ def test_siglip_loss_is_that_of_all_pairs(chunk_size, rng):
 
     expected = jax.value_and_grad(pairs, argnums=range(4))(*arguments)
     assert_close(jax.value_and_grad(loss, argnums=range(4))(*arguments), expected)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+def test_siglip_loss_takes_scale_and_bias_as_peers_keep_them(shape, rng):
+    images, texts = (jnp.asarray(rng.normal(size=(7, 4)), jnp.float32) for _ in range(2))
+    expected = jax.grad(jaxbce.siglip_loss, argnums=(2, 3))(images, texts, 0.7, -2.0)
+    scale, bias = jnp.full(shape, 0.7), jnp.full(shape, -2.0)
+    got = jax.grad(jaxbce.siglip_loss, argnums=(2, 3))(images, texts, scale, bias)
+    for slope, number in zip(got, expected, strict=True):
+        assert slope.shape == shape
+        np.testing.assert_allclose(slope.ravel()[0], number, rtol=1e-6)
+
+
+@every_chunk
+def test_siglip_loss_with_several_texts_an_image(chunk_size, rng):
+    images, texts = (jnp.asarray(rng.normal(size=(7, 4)), jnp.float32) for _ in range(2))
+    positives = np.array([[0, 3], [1, -1], [2, 2], [-1, -1], [4, 0], [6, 5], [1, 7]])
+
+    def pairs(images, texts):
+        logits = np.exp(np.float32(0.7)) * images @ texts.T - 2
+        labels = jaxbce.multi_hot(positives, 7)
+        return jaxbce.bce_with_logits(logits, labels, reduction="batchmean")
+
+    def loss(images, texts):
+        return jaxbce.siglip_loss(
+            images, texts, 0.7, -2.0, positives=positives, chunk_size=chunk_size
+        )
+
+    expected = jax.value_and_grad(pairs, argnums=(0, 1))(images, texts)
+    assert_close(jax.value_and_grad(loss, argnums=(0, 1))(images, texts), expected)
+
+
+def test_siglip_loss_starts_well_with_the_bias_of_the_docstring(rng):
+    """At scale 0 the loss is the entropy of a match, which no other bias betters."""
+    batch = 32
+    embeddings = jnp.asarray(rng.normal(size=(batch, 4)), jnp.float32)
+    p = 1 / batch
+    bias = np.float32(np.log(p / (1 - p)))
+    by_bias = jax.grad(jaxbce.siglip_loss, argnums=3)(embeddings, embeddings, -50.0, bias)
+    np.testing.assert_allclose(by_bias, 0, atol=1e-6)
 
 
 def test_siglip_loss_of_nothing():

@@ -381,7 +381,11 @@ def evaluate_arrays(
             return None
         return _checks.broadcast(name, argument, values, loss.scores, shape).astype(dtype)
 
-    weight = broadcast("weight", weight)
+    own_weight = None
+    if weight is not None:
+        own_weight = _checks.real(name, "weight", weight).astype(dtype)
+        weight = broadcast("weight", own_weight)
+        own_weight = jnp.expand_dims(own_weight, range(x.ndim - own_weight.ndim))
     extras = [broadcast(*pair) for pair in zip(loss.parameters, parameters, strict=True)]
     counted = _reduce.counted(weight, where)
     if sparse:
@@ -410,4 +414,6 @@ def evaluate_arrays(
         _checks.check_unit_interval(name, "label_smoothing", a)
         y = y * (1 - a) + a / 2
     values = _kernels.over(loss.kernel, x.ndim)(x, y, *extras)
-    return _reduce.reduce_loss(values, weight, keep, where, reduction, axes)
+    if weight is not None:
+        values = values * weight
+    return _reduce.reduce_loss(values, own_weight, keep, where, reduction, axes)

@@ -33,40 +33,36 @@ def as_float(size: Any, dtype: Any) -> jax.Array:
     return jnp.asarray(float(size) if isinstance(size, int) else size, dtype)
 
 
-def inverse(total: jax.Array) -> jax.Array:
-    """1 / total, and 0 for a total of 0: of nothing, the mean is 0."""
-    nothing = total == 0
-    return jnp.where(nothing, 0, 1 / jnp.where(nothing, 1, total))
-
-
 def reduce_loss(
     loss: jax.Array,
     weight: jax.Array | None,
     keep: jax.Array | None,
     where: jax.Array | None,
     reduction: str,
-    axes: tuple[int, ...] = (),
+    axes: tuple[int, ...],
 ) -> jax.Array:
-    """`loss`, weighted, without what is not kept, reduced over `axes`.
+    """`loss`, already weighted, without what is not kept, reduced over `axes`.
 
-    mean = Σ w · loss / number of elements where `where` holds; weighted_mean = Σ w · loss / Σ w, of
-    which the weight is 0 where it is not kept; batchmean = Σ w · loss / number of entries of the
-    first axis with an element where `where` holds.
+    mean = Σ loss / number of elements where `where` holds; weighted_mean = Σ loss / Σ w over the
+    same elements; batchmean = Σ loss / number of entries of the first axis with such an element.
+    `weight` and `where` have the axes of the loss, of size 1 where they are broadcast.
     """
-    if weight is not None:
-        loss = loss * weight
-    counted_axes = axes
     if reduction == "batchmean":
+        if where is not None:
+            where = count_true(where, axes[1:], loss.dtype) != 0
         counted_axes = axes[:1]
-        where = None if where is None else jnp.any(where, axis=axes[1:], keepdims=True)
+    else:
+        counted_axes = axes
+    divided = reduction not in ("sum", "none")
+    sizes: list[Any] = []
     # A divisor that depends on arrays comes before the sum. Dividing afterwards would cost another
     # pass over memory: it would be unknown when the gradient can be computed with the loss.
-    sizes: list[Any] = []
     if reduction == "weighted_mean" and weight is not None:
-        loss = loss * inverse(jnp.sum(weight, axes, keepdims=True))
-    elif reduction not in ("sum", "none") and where is not None:
-        loss = loss * inverse(count_kept(where, loss.shape, counted_axes, loss.dtype))
-    elif reduction not in ("sum", "none"):
+        loss = loss * inverse(total_of(weight, where, loss.shape, counted_axes))
+    elif divided and where is not None:
+        count = count_true(where, counted_axes, loss.dtype)
+        loss = loss * inverse(count * repeats(where.shape, loss.shape, counted_axes, loss.dtype))
+    elif divided:
         sizes = [loss.shape[axis] for axis in counted_axes]
     if keep is not None:
         loss = jnp.where(keep, loss, 0)
@@ -75,12 +71,26 @@ def reduce_loss(
     return jnp.sum(loss, axes) / as_float(max(math.prod(sizes), 1), loss.dtype)
 
 
-def count_kept(
-    where: jax.Array, shape: tuple[int, ...], axes: tuple[int, ...], dtype: Any
+def inverse(total: jax.Array) -> jax.Array:
+    """1 / total, and 0 for a total of 0: of nothing, the mean is 0."""
+    nothing = total == 0
+    return jnp.where(nothing, 0, 1 / jnp.where(nothing, 1, total))
+
+
+def repeats(own: Any, shape: Any, axes: tuple[int, ...], dtype: Any) -> jax.Array:
+    """How often an array of the shape `own` is repeated over `axes`, broadcast to `shape`."""
+    return as_float(math.prod(shape[axis] for axis in axes if own[axis] != shape[axis]), dtype)
+
+
+def total_of(
+    weight: jax.Array, where: jax.Array | None, shape: Any, axes: tuple[int, ...]
 ) -> jax.Array:
-    """How many elements of `shape` the mask keeps over `axes`, without broadcasting it to that."""
-    repeats = [shape[axis] for axis in axes if where.shape[axis] != shape[axis]]
-    return count_true(where, axes, dtype) * as_float(math.prod(repeats), dtype)
+    """Σ w where the mask holds, over `axes` of `shape`, without broadcasting both to that."""
+    if where is not None:
+        joint = jnp.broadcast_shapes(weight.shape, where.shape)
+        weight = jnp.where(jnp.broadcast_to(where, joint), jnp.broadcast_to(weight, joint), 0)
+    total = jnp.sum(weight, axes, keepdims=True)
+    return total * repeats(weight.shape, shape, axes, weight.dtype)
 
 
 def count_true(where: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -145,6 +145,15 @@ def _():
     yield focused, jaxbce.sigmoid_focal_loss(X, Y)
 
 
+@row("torchvision, as installed")
+def _():
+    focal = pytest.importorskip("torchvision").ops.sigmoid_focal_loss
+    _, x, y = torch_of(X, Y)
+    yield focal(x, y), jaxbce.sigmoid_focal_loss(X, Y, alpha=0.25)
+    yield focal(x, y, alpha=-1, gamma=1.5), jaxbce.sigmoid_focal_loss(X, Y, gamma=1.5)
+    yield focal(x, y, reduction="mean"), jaxbce.focal_loss(X, Y, alpha=0.25)
+
+
 # --- asymmetric loss -----------------------------------------------------------------------------
 
 
@@ -186,6 +195,19 @@ def _():
     smoothed = Y * np.float32(0.9) + np.float32(0.1 / LABELS)
     by_hand = optax.sigmoid_binary_cross_entropy(X, smoothed).mean()
     yield by_hand, jaxbce.bce_with_logits(X, smoothed)
+
+
+@row("timm, as installed")
+def _():
+    losses = pytest.importorskip("timm.loss")
+    torch, x, y = torch_of(X, Y)
+    theirs = losses.AsymmetricLossMultiLabel(disable_torch_grad_focal_loss=False)
+    yield theirs(x, y), jaxbce.asymmetric_loss(X, Y, reduction="batchmean")
+    smoothed = Y * np.float32(0.9) + np.float32(0.1 / LABELS)
+    theirs = losses.BinaryCrossEntropy(smoothing=0.0)(x, torch.tensor(smoothed))
+    yield theirs, jaxbce.bce_with_logits(X, smoothed)
+    theirs = losses.BinaryCrossEntropy(smoothing=0.0, sum_classes=True)(x, y)
+    yield theirs, jaxbce.bce_with_logits(X, Y, reduction="batchmean")
 
 
 # --- TensorFlow and Keras ------------------------------------------------------------------------

@@ -350,7 +350,8 @@ def test_more_elements_than_an_int32_counts(loss, mask, reduction):
 def test_a_huge_mean_is_right():
     """2^34 elements, of a mask that broadcasts: the divisor is a product that no int32 holds."""
     where = jnp.array([[True], [False]])
-    counted = _reduce.count_kept(where, (2, 2**33), (0, 1), jnp.float32)
+    counted = _reduce.count_true(where, (0, 1), jnp.float32)
+    counted = counted * _reduce.repeats(where.shape, (2, 2**33), (0, 1), jnp.float32)
     assert counted == 2.0**33
 
 

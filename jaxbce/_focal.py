@@ -185,8 +185,8 @@ def focal_loss(
     Raises:
       TypeError: logits are not floating-point, where is not bool, an argument is not an array.
       ValueError: labels have another shape than logits, gamma, alpha, weight or where does not
-        broadcast to it, or gamma, alpha, label_smoothing, axis or reduction is not valid; of a
-        traced gamma or alpha that is not known.
+        broadcast to it, or gamma, alpha, label_smoothing, axis or reduction is not valid (of an
+        array for gamma or alpha the values are not checked).
 
     Edge values: a zero coefficient annihilates (0 · ∞ = 0). Without alpha, (+∞, 1) and (−∞, 0) give
     loss 0 and gradient 0; (+∞, 0) and (−∞, 1) give loss ∞ and gradients 1 and −1; NaN gives NaN.

@@ -206,7 +206,7 @@ def balanced_pos_weight(
       TypeError: labels are not a real array, positives not an integer array, where is not bool,
         max_weight is not a real number.
       ValueError: neither or both of labels and positives, positives without num_labels, a shape
-        that does not fit, or max_weight is not positive; of a traced max_weight that is not known.
+        that does not fit, or max_weight is not positive (a traced one is not checked).
 
     Edge values: a label without positives gets its number of negatives, at most max_weight; one
     without negatives, or with nothing kept, 0. What is masked may hold anything, also NaN.

@@ -355,7 +355,7 @@ def test_zero_dimensional(loss):
 GARBAGE = [np.nan, np.inf, -np.inf, 7.0, 1e38, -1e38]
 
 
-@every_loss
+@every_kernel
 @pytest.mark.parametrize("how", ["where", "weight", "where beside a weight"])
 def test_garbage_behind_a_mask_or_a_zero_weight_leaves_no_trace(loss, how, rng):
     scores, labels = loss.draw(rng, (4, 5))

@@ -45,7 +45,7 @@ def log_m_value(x: jax.Array, y: jax.Array) -> jax.Array:
     # For a hard label m is p or q, whose logarithm is right also where it underflows.
     hard = (y == 0) | (y == 1)
     m = _kernels.sigmoid_mix_value(x, 1 - y, -y)
-    return jnp.where(hard, -_kernels.bce_with_logits_value(x, 1 - y), jnp.log(m))
+    return jnp.where(hard, -_kernels.bce_with_logits_value(x, 1 - y), _kernels.log(m))
 
 
 def log_m_partials(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -75,14 +75,15 @@ def focal_term(k: float, j: int, f: str) -> _kernels.Kernel:
         # label is hard and m the smaller of p and q; so are p q, c and |s|.
         info = jnp.finfo(x.dtype)
         vanished = m < info.tiny
-        ratio = jnp.where(vanished, 1, pq / m)
+        ratio = jnp.where(vanished, 1, _kernels.quotient(pq, m))
         exponent = jnp.asarray(k + j, x.dtype) if g is None else k + j + g
         if f in ("c", "s"):
             exponent = exponent + 1
-            factor = jnp.where(vanished, 1 if f == "c" else 1 - 2 * y, factor / m)
+            limit = 1 if f == "c" else 1 - 2 * y
+            factor = jnp.where(vanished, limit, _kernels.quotient(factor, m))
         # Finite, with room for coefficients: a tangent of 0 annihilates it, and opposites can meet.
         logarithm = annihilate_value(exponent, log_m_value(x, y))
-        power = jnp.exp(jnp.minimum(logarithm, math.log(info.max) - 7))
+        power = _kernels.exp(jnp.minimum(logarithm, math.log(info.max) - 7))
         return annihilate_value(power * lax.integer_pow(ratio, j), factor)
 
     def partials(
@@ -292,7 +293,7 @@ def sigmoid_power(k: float) -> _kernels.Kernel:
     def value(x: jax.Array) -> jax.Array:
         if k in WHOLE:
             return lax.integer_pow(_kernels.sigmoid(x), int(k))
-        return jnp.exp(-k * _kernels.softplus(-x))
+        return _kernels.exp(-k * _kernels.softplus(-x))
 
     def partials(x: jax.Array) -> tuple[jax.Array | None]:
         return (k * _kernels.sigmoid(-x) * sigmoid_power(k)(x) if k else None,)
@@ -307,7 +308,8 @@ def clipped(x: jax.Array, clip: float) -> tuple[jax.Array, jax.Array]:
     rounded = float(np.asarray(x0, x.dtype))
     # p - clip = clip q (exp(x - x0) - 1), where x - rounded is exact and the rest of x0 follows.
     beyond = x - rounded
-    growth = jnp.expm1(jnp.minimum(beyond, 1))
+    half = _kernels.sigmoid_excess(jnp.minimum(beyond, 1))
+    growth = _kernels.quotient(2 * half, 1 - half)  # exp(beyond) - 1, also near 0
     growth = growth - (x0 - rounded) * (1 + growth)
     return jnp.maximum(jnp.where(beyond < 1, clip * q * growth, p - clip), 0), q + clip
 
@@ -319,11 +321,27 @@ def clipped_power(k: float, clip: float) -> _kernels.Kernel:
     def value(x: jax.Array) -> jax.Array:
         m, _ = clipped(x, clip)
         base = jnp.where(m > 0, m, 1)
-        power = lax.integer_pow(base, int(k)) if k in WHOLE else jnp.exp(k * jnp.log(base))
+        power = (
+            lax.integer_pow(base, int(k)) if k in WHOLE else _kernels.exp(k * _kernels.log(base))
+        )
         return jnp.where(m > 0, power, 0)
 
     def partials(x: jax.Array) -> tuple[jax.Array | None]:
         return (k * _kernels.sigmoid_slope(x) * clipped_power(k - 1, clip)(x) if k else None,)
+
+    return _kernels.with_jvp(value, partials)
+
+
+@functools.cache
+def inverse_of_rest(clip: float) -> _kernels.Kernel:
+    """1 / (q + clip)"""
+
+    def value(x: jax.Array) -> jax.Array:
+        return _kernels.quotient(jnp.ones_like(x), _kernels.sigmoid(-x) + clip)
+
+    def partials(x: jax.Array) -> tuple[jax.Array]:
+        inverse = inverse_of_rest(clip)(x)
+        return (_kernels.sigmoid_slope(x) * inverse * inverse,)
 
     return _kernels.with_jvp(value, partials)
 
@@ -335,11 +353,11 @@ def clipped_softplus(clip: float) -> _kernels.Kernel:
     def value(x: jax.Array) -> jax.Array:
         m, rest = clipped(x, clip)
         # log(1 + m / (1 - m)) does not cancel where m is small.
-        near = _kernels.log1p_unit(jnp.minimum(m / rest, 1))
-        return jnp.where(m < 0.5, near, -jnp.log(rest))
+        near = _kernels.log1p_unit(jnp.minimum(_kernels.quotient(m, rest), 1))
+        return jnp.where(m < 0.5, near, -_kernels.log(rest))
 
     def partials(x: jax.Array) -> tuple[jax.Array]:
-        return (_kernels.sigmoid_slope(x) / (_kernels.sigmoid(-x) + clip),)
+        return (_kernels.sigmoid_slope(x) * inverse_of_rest(clip)(x),)
 
     return _kernels.with_jvp(value, partials)
 

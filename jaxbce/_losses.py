@@ -27,7 +27,7 @@ def extent_of_logits(x: jax.Array, y: jax.Array, q: jax.Array | None = None) -> 
 
 
 def extent_of_probs(p: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.sqrt(p * (1 - p)) + y  # NaN outside [0, 1]
+    return jnp.where((p >= 0) & (p <= 1), y, jnp.nan)
 
 
 BCE = Elementwise(_kernels.bce_with_logits, extent_of_logits, ("pos_weight",))
@@ -412,7 +412,7 @@ def evaluate_arrays(
     if label_smoothing is not None:
         a = _checks.number(name, "label_smoothing", label_smoothing).astype(dtype)
         _checks.check_unit_interval(name, "label_smoothing", a)
-        y = y * (1 - a) + a / 2
+        y = y * (1 - a) + a * 0.5
     values = _kernels.over(loss.kernel, x.ndim)(x, y, *extras)
     if weight is not None:
         values = values * weight

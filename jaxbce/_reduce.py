@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxbce import _kernels
+
 REDUCTIONS = ("mean", "weighted_mean", "sum", "batchmean", "none")
 
 
@@ -68,13 +70,17 @@ def reduce_loss(
         loss = jnp.where(keep, loss, 0)
     if reduction == "none":
         return loss
-    return jnp.sum(loss, axes) / as_float(max(math.prod(sizes), 1), loss.dtype)
+    total = jnp.sum(loss, axes)
+    return (
+        _kernels.quotient(total, as_float(max(math.prod(sizes), 1), loss.dtype)) if sizes else total
+    )
 
 
 def inverse(total: jax.Array) -> jax.Array:
     """1 / total, and 0 for a total of 0: of nothing, the mean is 0."""
     nothing = total == 0
-    return jnp.where(nothing, 0, 1 / jnp.where(nothing, 1, total))
+    one = jnp.ones_like(total)
+    return jnp.where(nothing, 0, _kernels.quotient(one, jnp.where(nothing, one, total)))
 
 
 def repeats(own: Any, shape: Any, axes: tuple[int, ...], dtype: Any) -> jax.Array:

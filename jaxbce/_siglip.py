@@ -111,14 +111,14 @@ def _siglip(
         name, positives, batch, rows_of=("image_embeddings", images.shape)
     )
     operands = _linear.Operands(
-        features=images.astype(dtype) * jnp.exp(log_scale.astype(dtype)),
+        features=images.astype(dtype) * _kernels.exp(log_scale.astype(dtype)),
         kernel=texts.T,
         bias=jnp.broadcast_to(bias.astype(dtype), batch),
         positives=positives,
         labels=None,
         pos_weight=None,
         label_smoothing=None,
-        scale=jnp.full(batch, 1 / _reduce.as_float(max(batch, 1), dtype)),
+        scale=jnp.full(batch, _reduce.inverse(_reduce.as_float(max(batch, 1), dtype))),
     )
     how = devices.over(name, batch, batch)
     return _linear.total_loss(how, _placement.vary_together(operands))

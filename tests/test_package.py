@@ -21,7 +21,7 @@ IMPORTS = {
     "_kernels": set(),
     "_checks": set(),
     "_placement": set(),
-    "_reduce": {"_checks"},
+    "_reduce": {"_kernels"},
     "_labels": {"_checks", "_placement"},
     "_losses": {"_kernels", "_checks", "_labels", "_placement", "_reduce"},
     "_focal": {"_kernels", "_losses", "_checks"},

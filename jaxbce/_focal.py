@@ -308,10 +308,10 @@ def clipped(x: jax.Array, clip: float) -> tuple[jax.Array, jax.Array]:
     rounded = float(np.asarray(x0, x.dtype))
     # p - clip = clip q (exp(x - x0) - 1), where x - rounded is exact and the rest of x0 follows.
     beyond = x - rounded
-    half = _kernels.sigmoid_excess(jnp.minimum(beyond, 1))
-    growth = _kernels.quotient(2 * half, 1 - half)  # exp(beyond) - 1, also near 0
+    n, d = _kernels.tanh_fraction(jnp.clip(beyond, -1, 1))
+    growth = _kernels.quotient(2 * n, d - n)  # exp(beyond) - 1, also near 0
     growth = growth - (x0 - rounded) * (1 + growth)
-    return jnp.maximum(jnp.where(beyond < 1, clip * q * growth, p - clip), 0), q + clip
+    return jnp.maximum(jnp.where(beyond < 0.6, clip * q * growth, p - clip), 0), q + clip
 
 
 @functools.cache

@@ -239,13 +239,18 @@ sigmoid_slope = with_jvp(sigmoid_slope_value, sigmoid_slope_partials)
 # sigmoid_excess(x) = sigmoid(x) - sigmoid(-x) = tanh(x / 2), also right near 0
 
 
+def tanh_fraction(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """n and d with tanh(x / 2) = n / d, for |x| <= 1 to 1e-10.
+
+    The continued fraction x / (2 + x² / (6 + x² / (10 + x² / (14 + x² / 18)))).
+    """
+    z = x * x
+    return x * (15120 + z * (420 + z)), 30240 + z * (3360 + 30 * z)
+
+
 def sigmoid_excess_value(x: jax.Array) -> jax.Array:
-    far = 1 - 2 * sigmoid_tail(x)
-    # Near 0 that cancels. The continued fraction of tanh, x / (2 + x² / (6 + x² / (10 + ...))), to
-    # the order of x⁴: its error is below 1e-10 for |x| <= 1.
-    near = jnp.clip(x, -1, 1)
-    z = near * near
-    near = near * quotient(15120 + z * (420 + z), 30240 + z * (3360 + 30 * z))
+    near = quotient(*tanh_fraction(jnp.clip(x, -1, 1)))
+    far = 1 - 2 * sigmoid_tail(x)  # which cancels near 0
     return jnp.where(jnp.abs(x) < 1, near, jnp.where(x < 0, -far, far))
 
 

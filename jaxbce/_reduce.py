@@ -30,6 +30,13 @@ def kept(values: jax.Array, weight: jax.Array | None, where: jax.Array | None) -
     return keep if where is None else keep & where
 
 
+def one_over(size: Any, dtype: Any) -> jax.Array:
+    """1 / a number of elements, exact to a rounding where that is an int."""
+    if isinstance(size, int):
+        return jnp.asarray(1 / size, dtype)
+    return _kernels.quotient(jnp.ones((), dtype), jnp.asarray(size, dtype))
+
+
 def as_float(size: Any, dtype: Any) -> jax.Array:
     """A number of elements: as an int it may overflow, or be symbolic (`jax.export`)."""
     return jnp.asarray(float(size) if isinstance(size, int) else size, dtype)
@@ -70,10 +77,7 @@ def reduce_loss(
         loss = jnp.where(keep, loss, 0)
     if reduction == "none":
         return loss
-    total = jnp.sum(loss, axes)
-    return (
-        _kernels.quotient(total, as_float(max(math.prod(sizes), 1), loss.dtype)) if sizes else total
-    )
+    return jnp.sum(loss, axes) * one_over(max(math.prod(sizes), 1), loss.dtype)
 
 
 def inverse(total: jax.Array) -> jax.Array:

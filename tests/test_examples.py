@@ -10,6 +10,8 @@ import sys
 import jax
 import pytest
 
+pytestmark = pytest.mark.thorough
+
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 

@@ -3,10 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from losses import every_kernel
+
+pytestmark = pytest.mark.thorough
 
 SHAPES = [(), (0,), (5,), (0, 3), (2, 0), (3, 4), (2, 1, 3)]
 EXTREMES = [0.0, -0.0, 1e-30, -1e-30, 16.7, -16.7, 88.0, -88.0, 104.0, 3e4, -3e4]

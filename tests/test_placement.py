@@ -15,6 +15,8 @@ from losses import LOSSES
 import jaxbce
 from jaxbce import _reduce
 
+pytestmark = pytest.mark.thorough
+
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 ROWS, LABELS, WIDTH = 8, 24, 3
 SMALL_INTS = np.random.default_rng(0).integers(-1, LABELS, (ROWS, 4)).astype(np.int32)

@@ -1,0 +1,162 @@
+"""Claim: on a GPU the losses keep their accuracy, and take no longer than optax's.
+
+On any CUDA device: the worst error over 1/64 of all float32 logits, the time of value and gradient
+beside optax, jitted and interleaved, and the peak memory of the chunked head beside a dense one.
+
+    pip install "jax[cuda12]" && python benchmarks/gpu.py --json gpu.json --picture gpu.png
+    python benchmarks/gpu.py --small      # on whatever there is, in seconds: a test of this
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import contenders
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxbce
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+import oracle
+
+CASES = {
+    "plain": lambda b, n: {},
+    "pos_weight": lambda b, n: {"pos_weight": jnp.full(n, 3.0)},
+    "weight": lambda b, n: {"weight": jnp.full((b, 1), 2.0)},
+    "where": lambda b, n: {"where": jnp.arange(b * n).reshape(b, n) % 3 > 0},
+}
+LOSSES = {
+    "bce": (contenders.jaxbce_mean, contenders.optax_mean),
+    "focal": (contenders.focal_mean, contenders.optax_focal_mean),
+}
+
+
+def worst_errors(number: int) -> dict[str, float]:
+    """Of loss, gradient and second derivative over random bit patterns, in ULP."""
+    rng, worst = np.random.default_rng(0), {}
+    for order, name in enumerate(("loss", "gradient", "second derivative")):
+        fn: Callable = jaxbce.bce_with_logits
+        for _ in range(order):
+            fn = jax.grad(fn)
+        fn = jax.jit(jax.vmap(fn))
+        worst[name] = 0.0
+        for start in range(0, number, 2**22):
+            size = min(number - start, 2**22)
+            x = rng.integers(0, 2**32, size, dtype=np.uint32).view(np.float32)
+            label = np.float32(start // 2**22 % 2)
+            got = np.asarray(fn(x, np.full_like(x, label)))
+            with np.errstate(invalid="ignore"):
+                expected = oracle.derivative(order, np.float64(x), label)
+            worst[name] = max(worst[name], float(oracle.ulp_error(got, expected).max()))
+    return worst
+
+
+def seconds(steps: dict[str, Callable], *arguments: Any, rounds: int = 20) -> dict[str, float]:
+    """The median time of each step; they take turns."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        jax.block_until_ready(step(*arguments))
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            jax.block_until_ready(step(*arguments))
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def losses(batch: int, labels: int) -> list[dict[str, Any]]:
+    rng, rows = np.random.default_rng(0), []
+    for dtype in ("float32", "bfloat16"):
+        x = jnp.asarray(rng.normal(0, 3, (batch, labels)), dtype)
+        y = jnp.asarray(rng.random((batch, labels)) < 0.1, dtype)
+        for loss, (ours, theirs) in LOSSES.items():
+            for case, options_of in CASES.items():
+                if loss == "focal" and case == "pos_weight":
+                    continue
+                options = options_of(batch, labels)
+                steps = {
+                    name: jax.jit(jax.value_and_grad(fn))
+                    for name, fn in (("jaxbce", ours), ("optax", theirs))
+                }
+                times = seconds(steps, x, y, options)
+                rows.append({"loss": loss, "dtype": dtype, "case": case, **times})
+                ratio = times["optax"] / times["jaxbce"]
+                print(f"{loss:8}{dtype:10}{case:12}optax / jaxbce {ratio:6.2f}", flush=True)
+    return rows
+
+
+def pairs_and_head(batch: int, width: int, labels: int) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    features = jnp.asarray(rng.normal(size=(batch, width)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.normal(size=(width, labels)) / width**0.5, jnp.bfloat16)
+    positives = jnp.asarray(rng.integers(0, labels, (batch, 5)))
+
+    def chunked(features: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jaxbce.linear_bce_with_logits(features, kernel, positives=positives)
+
+    def dense(features: jax.Array, kernel: jax.Array) -> jax.Array:
+        hot = jaxbce.multi_hot(positives, labels)
+        return optax.sigmoid_binary_cross_entropy(features @ kernel, hot).mean()
+
+    steps = {
+        name: jax.jit(jax.value_and_grad(fn, argnums=(0, 1)))
+        for name, fn in (("jaxbce", chunked), ("optax", dense))
+    }
+    memory = {
+        name: step.lower(features, kernel).compile().memory_analysis().temp_size_in_bytes
+        for name, step in steps.items()
+    }
+    times = seconds(steps, features, kernel, rounds=5)
+    print(
+        f"head, {labels} labels: optax / jaxbce {times['optax'] / times['jaxbce']:.2f}, MB {memory}"
+    )
+    siglip = jax.jit(jax.value_and_grad(jaxbce.siglip_loss, argnums=(0, 1)))
+    pairs = seconds({"jaxbce": siglip}, features, features, 1.0, -5.0, rounds=5)
+    return [{"loss": "head", "memory": memory, **times}, {"loss": "siglip", **pairs}]
+
+
+def draw(rows: list[dict[str, Any]], device: str, path: str) -> None:
+    from matplotlib import pyplot
+
+    timed = [row for row in rows if "case" in row]
+    names = [f"{row['loss']}, {row['dtype']}, {row['case']}" for row in timed]
+    figure, axis = pyplot.subplots(figsize=(7, 0.35 * len(names) + 1))
+    axis.barh(names, [row["optax"] / row["jaxbce"] for row in timed])
+    axis.axvline(1, color="k", lw=1)
+    axis.set_xlabel(f"time of optax / time of jaxbce, {device}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--small", action="store_true", help="tiny sizes, on any device")
+    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--picture", help="also draw them")
+    args = parser.parse_args()
+
+    device = jax.devices()[0]
+    print(f"{device.device_kind}, jax {jax.__version__}, optax {optax.__version__}")
+    if device.platform != "gpu" and not args.small:
+        parser.error(f"no GPU here, only {device.platform}; --small tests this script on it")
+    errors = worst_errors(2**16 if args.small else 2**26)
+    print("worst error, ULP:", {name: round(error, 2) for name, error in errors.items()})
+    rows = losses(*((64, 128) if args.small else (16384, 1024)))
+    rows += pairs_and_head(*((32, 16, 512) if args.small else (1024, 768, 2**18)))
+    if args.json:
+        figures = {"device": device.device_kind, "errors": errors, "rows": rows}
+        pathlib.Path(args.json).write_text(json.dumps(figures, indent=1))
+    if args.picture:
+        draw(rows, device.device_kind, args.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -294,13 +294,13 @@ def finite_logits(dtype: str) -> np.ndarray:
 
 
 def logits(fraction: float) -> Iterator[np.ndarray]:
-    """All of 16 bits; blocks of random bit patterns of float32, and as many in [-100, 100]."""
+    """All of 16 bits; blocks of random bit patterns of float32, and as many normal ones."""
     yield from (finite_logits("float16"), finite_logits("bfloat16"))
     rng, number = np.random.default_rng(0), int(fraction * 2**32)
     for start in range(0, number, 2**20):
         size = min(number - start, 2**20)
         bits = rng.integers(0, 2**32, size, dtype=np.uint32).view(np.float32)
-        x = np.concatenate([bits, rng.uniform(-100, 100, size).astype(np.float32)])
+        x = np.concatenate([bits, rng.normal(0, 5, size).astype(np.float32)])
         yield x[np.isfinite(x) & (np.abs(x) >= np.finfo(np.float32).tiny)]
 
 

@@ -37,6 +37,12 @@ product = _kernels.with_jvp(annihilate_value, product_partials)
 #   ∂m/∂y = -(p - q)        ∂(p q)/∂y = 0              ∂c/∂y = -x   ∂s/∂y = -1
 
 WHOLE = range(9)  # exponents that are multiplied out, to a few ULP
+FACTORS: dict[str, _kernels.Kernel] = {
+    "c": _kernels.bce_with_logits_value,
+    "s": _kernels.sigmoid_minus_value,
+    "x": lambda x, y: x,
+    "1": lambda x, y: jnp.ones_like(x),
+}
 BY_X = {"c": (0, "s"), "s": (1, "1"), "x": (0, "1")}  # f: the power of p q and the f of ∂f/∂x
 MINUS_BY_Y = {"c": "x", "s": "1"}
 
@@ -45,7 +51,8 @@ def log_m_value(x: jax.Array, y: jax.Array) -> jax.Array:
     # For a hard label m is p or q, whose logarithm is right also where it underflows.
     hard = (y == 0) | (y == 1)
     m = _kernels.sigmoid_mix_value(x, 1 - y, -y)
-    return jnp.where(hard, -_kernels.bce_with_logits_value(x, 1 - y), _kernels.log(m))
+    logarithm = jnp.where(hard, -_kernels.bce_with_logits_value(x, 1 - y), _kernels.log(m))
+    return jnp.maximum(logarithm, -float(jnp.finfo(x.dtype).max))  # finite: a term of 0 is left 0
 
 
 def log_m_partials(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -62,12 +69,7 @@ def focal_term(k: float, j: int, f: str) -> _kernels.Kernel:
 
     def value(x: jax.Array, y: jax.Array, g: jax.Array | None) -> jax.Array:
         m, pq = _kernels.sigmoid_mix_value(x, 1 - y, -y), _kernels.sigmoid_slope_value(x)
-        factor = {
-            "c": _kernels.bce_with_logits_value(x, y),
-            "s": _kernels.sigmoid_minus_value(x, y),
-            "x": x,
-            "1": jnp.ones_like(x),
-        }[f]
+        factor = FACTORS[f](x, y)
         if g is None and k in WHOLE:
             return annihilate_value(lax.integer_pow(m, int(k)) * lax.integer_pow(pq, j), factor)
         # m^k (p q)^j = m^(k + j) (p q / m)^j with p q / m <= 1, so that no power that overflows
@@ -106,7 +108,7 @@ def focal_term(k: float, j: int, f: str) -> _kernels.Kernel:
         if f in MINUS_BY_Y:
             by_y -= term(k, j, MINUS_BY_Y[f])
         if g is not None:
-            by_g = annihilate(term(k, j, f), log_m(x, y))
+            by_g = product(log_m(x, y), term(k, j, f))
         return by_x, by_y, by_g
 
     return _kernels.with_jvp(value, partials)
@@ -165,9 +167,9 @@ def focal_loss(
     Args:
       logits: float array of any shape.
       labels: float, integer or bool array of the same shape, in [0, 1]; soft ones mix in pₜ and αₜ.
-      gamma: number ≥ 0, or real array that broadcasts to the shape of logits: how much less; 0
-        without alpha is exactly `bce_with_logits`. A Python number is compiled in, once for each
-        value, and is faster, above all where it is whole.
+      gamma: number ≥ 0, or real array that broadcasts to the shape of logits: how much less. A
+        Python number is compiled in, once for each value, and is faster and, where it is whole,
+        more accurate; 0 without alpha is then exactly `bce_with_logits`.
       alpha: number in [0, 1], or real array that broadcasts to the shape of logits: the share of
         the positive class; None weights neither.
       weight: real array that broadcasts to the shape of logits and multiplies the loss; None is 1.

@@ -67,7 +67,10 @@ def reduce_loss(
     # A divisor that depends on arrays comes before the sum. Dividing afterwards would cost another
     # pass over memory: it would be unknown when the gradient can be computed with the loss.
     if reduction == "weighted_mean" and weight is not None:
-        loss = loss * inverse(total_of(weight, where, loss.shape, counted_axes))
+        total = total_of(weight, where, loss.shape, counted_axes)
+        # Of a total brought to about 1, so that its square in the gradient leaves no float32.
+        scale = jax.lax.stop_gradient(inverse(total))
+        loss = loss * scale * inverse(total * scale)
     elif divided and where is not None:
         count = count_true(where, counted_axes, loss.dtype)
         loss = loss * inverse(count * repeats(where.shape, loss.shape, counted_axes, loss.dtype))

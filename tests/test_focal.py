@@ -387,6 +387,15 @@ def test_the_gradient_of_gamma_is_finite_in_the_tails(gamma, label):
             np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-30)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0], ids="gamma={}".format)
+def test_an_infinite_loss_does_not_move_gamma(gamma):
+    """There log(1 - p_t) is 0."""
+    x, y = np.float32([np.inf, -np.inf, 1]), np.float32([0, 1, 0])
+    slope = jax.grad(lambda gamma, x, y: focal(x, y, gamma=gamma, reduction="sum"))
+    got = slope(jnp.float32(gamma), x, y)
+    np.testing.assert_allclose(got, slope(jnp.float32(gamma), x[2:], y[2:]), rtol=1e-6)
+
+
 def test_hyper_parameters_by_label(rng):
     """A gamma and an alpha for each label are as that many calls."""
     x, y = rng.normal(0, 3, (5, 3)).astype(np.float32), rng.integers(0, 2, (5, 3))

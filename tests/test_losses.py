@@ -287,6 +287,20 @@ def test_weighted_mean_has_the_gradient_of_its_divisor(loss, shape, axis, rng):
     chex.assert_trees_all_close(got, expected, rtol=2e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20, 1e30], ids=str)
+def test_weighted_mean_of_weights_of_any_size(scale):
+    """The square of their sum, which its gradient has, would leave float32."""
+    x, y, weight = np.float32([1, 2]), np.float32([0, 0]), np.float32([1, 3])
+
+    def mean(weight):
+        return jaxbce.bce_with_logits(x, y, weight=weight, reduction="weighted_mean")
+
+    value, slope = jax.value_and_grad(mean)(weight * np.float32(scale))
+    expected = jax.value_and_grad(mean)(weight)
+    np.testing.assert_allclose(value, expected[0], rtol=1e-6)
+    np.testing.assert_allclose(slope, expected[1] / np.float32(scale), rtol=1e-4)
+
+
 @pytest.mark.parametrize("weight", [[0.0, 0.0], [1.0, -1.0]], ids=str)
 def test_weighted_mean_of_no_weight_is_zero(weight):
     def call(x):

@@ -296,8 +296,10 @@ def _():
 def _():
     """The sum over examples and labels, divided by the weights of the examples alone."""
     loss = optax.sigmoid_binary_cross_entropy(X, Y)
-    theirs = (loss * WEIGHT[:, None]).sum() / WEIGHT.sum()
-    ours = jaxbce.bce_with_logits(X, Y, weight=WEIGHT[:, None], reduction="weighted_mean")
+    weight = WEIGHT[:, None]
+    theirs = (loss * weight).sum() / WEIGHT.sum()
+    yield theirs, jaxbce.bce_with_logits(X, Y, weight=weight, reduction="sum") / WEIGHT.sum()
+    ours = jaxbce.bce_with_logits(X, Y, weight=weight, reduction="weighted_mean")
     yield theirs, ours * LABELS
 
 

@@ -318,8 +318,19 @@ def clamped_log1m(p: jax.Array) -> jax.Array:
     return jnp.maximum(lax.log1p(-p, accuracy=HIGHEST), -100)
 
 
-def spread(p: jax.Array) -> jax.Array:
-    return jnp.maximum(p * (1 - p), 1e-12)
+# inverse_spread(p) = 1 / max(p (1 - p), 1e-12)
+
+
+def inverse_spread_value(p: jax.Array) -> jax.Array:
+    return quotient(jnp.ones_like(p), jnp.maximum(p * (1 - p), 1e-12))
+
+
+def inverse_spread_partials(p: jax.Array) -> tuple[jax.Array]:
+    inverse = inverse_spread(p)
+    return (jnp.where(p * (1 - p) > 1e-12, (2 * p - 1) * inverse * inverse, 0),)
+
+
+inverse_spread = with_jvp(inverse_spread_value, inverse_spread_partials)
 
 
 def log_odds_value(p: jax.Array) -> jax.Array:
@@ -327,7 +338,7 @@ def log_odds_value(p: jax.Array) -> jax.Array:
 
 
 def log_odds_partials(p: jax.Array) -> tuple[jax.Array]:
-    return (quotient(jnp.ones_like(p), spread(p)),)
+    return (inverse_spread(p),)
 
 
 log_odds = with_jvp(log_odds_value, log_odds_partials)
@@ -338,7 +349,7 @@ def bce_value(p: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def bce_partials(p: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return quotient(p - y, spread(p)), -log_odds(p)
+    return (p - y) * inverse_spread(p), -log_odds(p)
 
 
 bce = keep_inputs(with_jvp(bce_value, bce_partials))

@@ -10,7 +10,7 @@ import pytest
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 CASES = ["plain", "pos_weight", "weight", "where", "where per row"]
-VARIANTS = ["jaxbce, weighted_mean", "jaxbce, batchmean", "jaxbce, axis"]
+VARIANTS = ["jaxbce, weighted_mean", "jaxbce, axis"]
 CONTENDERS = ["jaxbce", *VARIANTS, "focal", "asymmetric"]
 ROWS = [
     (contender, dtype, case)
@@ -35,7 +35,7 @@ def compiled(tmp_path_factory):
     output = tmp_path_factory.mktemp("compilers") / "rows.json"
     options = ["--contenders", *CONTENDERS, "--shape", "8192", "1024", "--json", output]
     command = [sys.executable, BENCHMARKS / "compilers.py", *options, "--cases", *CASES]
-    subprocess.run(command, check=True, timeout=600)
+    subprocess.run(command, check=True, timeout=1500)
     rows = json.loads(output.read_text())
     return {(row["contender"], row["dtype"], row["case"]): row for row in rows}
 

@@ -99,18 +99,16 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def places(tree: ast.AST) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
-    """Every (parent, field, index, node) that computes: no annotation, no text of an error."""
+    """Every (parent, field, index, node) of an expression."""
     for parent in ast.walk(tree):
         for field, value in ast.iter_fields(parent):
-            if field in ("annotation", "returns", "decorator_list") or isinstance(value, str):
-                continue
             for index, node in enumerate(value) if isinstance(value, list) else [(None, value)]:
                 if isinstance(node, ast.expr):
                     yield parent, field, index, node
 
 
 def skipped(tree: ast.Module) -> set[ast.AST]:
-    """What is not code that runs: imports, annotations, messages, definitions of types."""
+    """What computes nothing: imports, annotations, decorators, messages, definitions of types."""
     nodes: list[ast.AST] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom | ast.Raise | ast.JoinedStr):
@@ -120,7 +118,7 @@ def skipped(tree: ast.Module) -> set[ast.AST]:
         elif isinstance(node, ast.FunctionDef):
             arguments = [*node.args.args, *node.args.kwonlyargs, node.args.vararg]
             nodes += [each.annotation for each in arguments if each and each.annotation]
-            nodes += [node.returns] if node.returns else []
+            nodes += [*node.decorator_list, *([node.returns] if node.returns else [])]
         elif isinstance(node, ast.Assign) and node in tree.body and "Callable" in ast.dump(node):
             nodes.append(node)
     return {child for node in nodes for child in ast.walk(node)}
@@ -134,11 +132,9 @@ def mutants(module: str) -> Iterator[tuple[str, str]]:
         if node in left_out:
             continue
         for other in changes(node):
-            where = getattr(parent, field) if index is not None else None
             put(parent, field, index, other)
             source = ast.unparse(ast.fix_missing_locations(tree))
             put(parent, field, index, node)
-            assert where is None or where[index] is node
             line = f"{module}:{node.lineno}: {ast.unparse(node)} -> {ast.unparse(other)}"
             yield line, source
 
@@ -150,9 +146,8 @@ def put(parent: ast.AST, field: str, index: int | None, node: ast.AST) -> None:
         getattr(parent, field)[index] = node
 
 
-def survives(job: tuple[str, str, str]) -> tuple[str, bool, float]:
-    module, line, source = job
-    started = time.perf_counter()
+def run_tests(module: str, source: str, *options: str) -> int:
+    """The exit code of the tests of the module, with this source in its place."""
     with tempfile.TemporaryDirectory() as folder:
         package = pathlib.Path(folder) / "jaxbce"
         shutil.copytree(ROOT / "jaxbce", package)
@@ -160,33 +155,54 @@ def survives(job: tuple[str, str, str]) -> tuple[str, bool, float]:
         sys.path[:0] = [folder, str(ROOT / "tests")]
         os.chdir(ROOT)
         files = [f"tests/{name}.py" for name in TESTS[module]]
-        options = ["-x", "-q", "-n0", "-p", "no:cacheprovider", "-p", "no:doctest"]
+        options = ("-x", "-q", "-n0", "-p", "no:cacheprovider", "-o", "addopts=", *options)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            code = pytest.main([*options, "-o", "addopts=", *files])
-    return line, code == 0, time.perf_counter() - started
+            return int(pytest.main([*options, *files]))
+
+
+def collects(module: str) -> bool:
+    """Whether the tests can be run at all, so that an error of pytest is no killed mutant."""
+    source = (ROOT / "jaxbce" / f"{module}.py").read_text()
+    return run_tests(module, source, "--collect-only") == pytest.ExitCode.OK
+
+
+def survives(job: tuple[str, str, str]) -> tuple[str, bool, float]:
+    module, line, source = job
+    started = time.perf_counter()
+    code = run_tests(module, source)
+    # A failed test, or an import that the mutant breaks; all else would be a fault of this script.
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
+        raise RuntimeError(f"pytest ended with {code} at {line}")
+    return line, code == pytest.ExitCode.OK, time.perf_counter() - started
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("modules", nargs="*", choices=TESTS, default=list(TESTS))
+    parser.add_argument("modules", nargs="*", metavar="module", help=f"of {', '.join(TESTS)}")
     parser.add_argument("--sample", type=int, help="a random part of so many mutants")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--list", action="store_true", help="what would be changed")
     args = parser.parse_args()
+    if unknown := set(args.modules) - set(TESTS):
+        parser.error(f"no tests are named here for {', '.join(unknown)}")
 
-    jobs = [(module, *mutant) for module in args.modules for mutant in mutants(module)]
+    jobs = [(module, *mutant) for module in args.modules or TESTS for mutant in mutants(module)]
     if args.sample:
         jobs = random.Random(0).sample(jobs, min(args.sample, len(jobs)))
     if args.list:
         print(*(line for _, line, _ in jobs), sep="\n")
         return
     # Imported once, before each mutant's process is made of this one.
-    for name in ("jax", "numpy", "chex", "optax", "flax.nnx", "hypothesis", "mpmath"):
+    for name in ("jax", "numpy", "chex", "optax", "flax.nnx", "mpmath"):
         importlib.import_module(name)
     warnings.simplefilter("ignore")
     survivors = []
     context = multiprocessing.get_context("fork")
     with context.Pool(args.processes, maxtasksperchild=1) as pool:
+        modules = args.modules or list(TESTS)
+        for module, fine in zip(modules, pool.map(collects, modules, chunksize=1), strict=True):
+            if not fine:
+                parser.error(f"without a mutant, the tests of {module} cannot be collected")
         for count, (line, alive, seconds) in enumerate(pool.imap_unordered(survives, jobs), 1):
             state = "killed" if not alive else "equivalent" if line in EQUIVALENT else "SURVIVED"
             survivors += [line] if state == "SURVIVED" else []

@@ -20,15 +20,14 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import contenders
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 import oracle
 
-import jaxbce
+from jaxbce import _kernels
 
 # Worst error in ULP of float32, from the table; of a division, that of a reciprocal and a product.
 PLAIN = ("exp", "log1p", "logistic", "tanh", "log", "expm1", "div")
@@ -213,9 +212,7 @@ def worst(
 
 
 def unit(value: np.ndarray) -> np.ndarray:
-    """One unit in the last place of float32 at a float64."""
-    tiny = float(np.finfo(np.float32).tiny)
-    return np.exp2(np.floor(np.log2(np.maximum(np.abs(value), tiny)))) * 2.0**-23
+    return oracle.ulp(value, np.float32)
 
 
 def half(value: np.ndarray) -> np.ndarray:
@@ -244,7 +241,7 @@ def of_log1p(t: np.ndarray, exp_units: float, division_units: float) -> np.ndarr
     s = t / (2 + t)
     z, log1p = s * s, np.log1p(t)
     by_s = s * half(2 + t) / (2 + t) + of_quotient(t, 2 + t, division_units)
-    series = ((0.28092715 * z + 0.27986288) * z + 0.40022415) * z + 0.666664
+    series = _kernels.log1p_series(z)
     by_z = 2 * s * by_s + half(z)
     by_series = half(series) * (1 + 2 * z) + 0.5 * by_z  # |S'| < 1 / 2; two more roundings, times z
     product = z * by_series + series * by_z + half(z * series)
@@ -272,30 +269,13 @@ def derived(backend: str, order: int, x: np.ndarray, label: float) -> np.ndarray
     return np.where(above, error / unit(value), 0)
 
 
-def textbook(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.maximum(x, 0) - x * y + jnp.log1p(jnp.exp(-jnp.abs(x)))
-
-
-def unreduced(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jaxbce.bce_with_logits(x, y, reduction="none")
-
-
-CONTENDERS = {
-    "jaxbce": unreduced,
-    "optax": optax.sigmoid_binary_cross_entropy,
-    "textbook": textbook,
-}
-
-
-def finite_logits(dtype: str) -> np.ndarray:
-    bits = np.arange(2**16, dtype=np.uint16)
-    values = np.asarray(jax.lax.bitcast_convert_type(bits, jnp.dtype(dtype))).astype(np.float32)
-    return values[np.isfinite(values)]
+CONTENDERS = {name: contenders.ELEMENTWISE[name] for name in ("jaxbce", "optax", "textbook")}
 
 
 def logits(fraction: float) -> Iterator[np.ndarray]:
     """All of 16 bits; blocks of random bit patterns of float32, and as many normal ones."""
-    yield from (finite_logits("float16"), finite_logits("bfloat16"))
+    for dtype in ("float16", "bfloat16"):
+        yield np.asarray(oracle.all_finite(dtype), np.float32)
     rng, number = np.random.default_rng(0), int(fraction * 2**32)
     for start in range(0, number, 2**20):
         size = min(number - start, 2**20)

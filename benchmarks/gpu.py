@@ -10,22 +10,17 @@ beside optax, jitted and interleaved, and the peak memory of the chunked head be
 import argparse
 import json
 import pathlib
-import statistics
-import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
+import accuracy
 import contenders
+import head
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 import jaxbce
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
-import oracle
 
 CASES = {
     "plain": lambda b, n: {},
@@ -34,42 +29,19 @@ CASES = {
     "where": lambda b, n: {"where": jnp.arange(b * n).reshape(b, n) % 3 > 0},
 }
 LOSSES = {
-    "bce": (contenders.jaxbce_mean, contenders.optax_mean),
-    "focal": (contenders.focal_mean, contenders.optax_focal_mean),
+    "bce": {"jaxbce": contenders.jaxbce_mean, "optax": contenders.optax_mean},
+    "focal": {"jaxbce": contenders.focal_mean, "optax": contenders.optax_focal_mean},
 }
 
 
 def worst_errors(number: int) -> dict[str, float]:
     """Of loss, gradient and second derivative over random bit patterns, in ULP."""
-    rng, worst = np.random.default_rng(0), {}
-    for order, name in enumerate(("loss", "gradient", "second derivative")):
-        fn: Callable = jaxbce.bce_with_logits
-        for _ in range(order):
-            fn = jax.grad(fn)
-        fn = jax.jit(jax.vmap(fn))
-        worst[name] = 0.0
-        for start in range(0, number, 2**22):
-            size = min(number - start, 2**22)
-            x = rng.integers(0, 2**32, size, dtype=np.uint32).view(np.float32)
-            label = np.float32(start // 2**22 % 2)
-            got = np.asarray(fn(x, np.full_like(x, label)))
-            with np.errstate(invalid="ignore"):
-                expected = oracle.derivative(order, np.float64(x), label)
-            worst[name] = max(worst[name], float(oracle.ulp_error(got, expected).max()))
-    return worst
-
-
-def seconds(steps: dict[str, Callable], *arguments: Any, rounds: int = 20) -> dict[str, float]:
-    """The median time of each step; they take turns."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        jax.block_until_ready(step(*arguments))
-    for _ in range(rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            jax.block_until_ready(step(*arguments))
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(each) for name, each in times.items()}
+    name, worst = "jaxbce", {}
+    implementations = {name: accuracy.jax_derivatives(contenders.ELEMENTWISE[name])}
+    for block in range(-(-number // accuracy.BLOCK)):
+        x = accuracy.bits(accuracy.ALL, 0.5, block).view(np.float32)[:number]
+        accuracy.sweep_block(x, implementations, worst)
+    return {quantity: entry[0] for quantity, entry in worst[name].items()}
 
 
 def losses(batch: int, labels: int) -> list[dict[str, Any]]:
@@ -77,16 +49,12 @@ def losses(batch: int, labels: int) -> list[dict[str, Any]]:
     for dtype in ("float32", "bfloat16"):
         x = jnp.asarray(rng.normal(0, 3, (batch, labels)), dtype)
         y = jnp.asarray(rng.random((batch, labels)) < 0.1, dtype)
-        for loss, (ours, theirs) in LOSSES.items():
+        for loss, pair in LOSSES.items():
+            steps = {name: jax.value_and_grad(fn) for name, fn in pair.items()}
             for case, options_of in CASES.items():
                 if loss == "focal" and case == "pos_weight":
                     continue
-                options = options_of(batch, labels)
-                steps = {
-                    name: jax.jit(jax.value_and_grad(fn))
-                    for name, fn in (("jaxbce", ours), ("optax", theirs))
-                }
-                times = seconds(steps, x, y, options)
+                times = head.medians(steps, (x, y, options_of(batch, labels)))
                 rows.append({"loss": loss, "dtype": dtype, "case": case, **times})
                 ratio = times["optax"] / times["jaxbce"]
                 print(f"{loss:8}{dtype:10}{case:12}optax / jaxbce {ratio:6.2f}", flush=True)
@@ -94,32 +62,17 @@ def losses(batch: int, labels: int) -> list[dict[str, Any]]:
 
 
 def pairs_and_head(batch: int, width: int, labels: int) -> list[dict[str, Any]]:
-    rng = np.random.default_rng(0)
-    features = jnp.asarray(rng.normal(size=(batch, width)), jnp.bfloat16)
-    kernel = jnp.asarray(rng.normal(size=(width, labels)) / width**0.5, jnp.bfloat16)
-    positives = jnp.asarray(rng.integers(0, labels, (batch, 5)))
-
-    def chunked(features: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jaxbce.linear_bce_with_logits(features, kernel, positives=positives)
-
-    def dense(features: jax.Array, kernel: jax.Array) -> jax.Array:
-        hot = jaxbce.multi_hot(positives, labels)
-        return optax.sigmoid_binary_cross_entropy(features @ kernel, hot).mean()
-
-    steps = {
-        name: jax.jit(jax.value_and_grad(fn, argnums=(0, 1)))
-        for name, fn in (("jaxbce", chunked), ("optax", dense))
-    }
+    arguments = head.draw(batch, width, labels)
+    steps = {"jaxbce": head.chunked(), "optax": head.dense}
     memory = {
-        name: step.lower(features, kernel).compile().memory_analysis().temp_size_in_bytes
+        name: jax.jit(step).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
         for name, step in steps.items()
     }
-    times = seconds(steps, features, kernel, rounds=5)
-    print(
-        f"head, {labels} labels: optax / jaxbce {times['optax'] / times['jaxbce']:.2f}, MB {memory}"
-    )
-    siglip = jax.jit(jax.value_and_grad(jaxbce.siglip_loss, argnums=(0, 1)))
-    pairs = seconds({"jaxbce": siglip}, features, features, 1.0, -5.0, rounds=5)
+    times = head.medians(steps, arguments, rounds=5)
+    ratio = times["optax"] / times["jaxbce"]
+    print(f"head, {labels} labels: optax / jaxbce {ratio:.2f}, temporaries {memory}")
+    siglip = {"jaxbce": jax.value_and_grad(jaxbce.siglip_loss, argnums=(0, 1))}
+    pairs = head.medians(siglip, (arguments[0], arguments[0], 1.0, -5.0), rounds=5)
     return [{"loss": "head", "memory": memory, **times}, {"loss": "siglip", **pairs}]
 
 

@@ -343,12 +343,16 @@ def check_real_dtype(name: str, argument: str, dtype: Any) -> None:
         )
 
 
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def axes_or_none(name: str, axis: Any, reduction: str) -> tuple[int, ...] | None:
     """`axis`, known while tracing, as a tuple; None stands for all axes."""
     if axis is None:
         return None
     axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
-    if not all(isinstance(each, (int, np.integer)) and not isinstance(each, bool) for each in axes):
+    if not all(map(_is_int, axes)):
         raise TypeError(f"{name}: axis must be None, an int or a tuple of ints, got {axis!r}")
     if reduction in ("none", "batchmean"):
         raise ValueError(
@@ -380,8 +384,7 @@ def check_size(
     name: str, argument: str, value: Any, largest: int | None = None, *, least: int = 1
 ) -> None:
     """A number of things, known while tracing: an int of at least `least`."""
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or value < least or (largest is not None and value > largest):
+    if not _is_int(value) or value < least or (largest is not None and value > largest):
         limit = "" if largest is None else f" and at most {largest}"
         raise ValueError(
             f"{name}: {argument} must be an int of at least {least}{limit}, got {value!r}"

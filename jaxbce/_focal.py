@@ -47,11 +47,14 @@ BY_X = {"c": (0, "s"), "s": (1, "1"), "x": (0, "1")}  # f: the power of p q and 
 MINUS_BY_Y = {"c": "x", "s": "1"}
 
 
+def m_value(x: jax.Array, y: jax.Array) -> jax.Array:
+    return _kernels.sigmoid_mix_value(x, 1 - y, -y)
+
+
 def log_m_value(x: jax.Array, y: jax.Array) -> jax.Array:
     # For a hard label m is p or q, whose logarithm is right also where it underflows.
-    hard = (y == 0) | (y == 1)
-    m = _kernels.sigmoid_mix_value(x, 1 - y, -y)
-    logarithm = jnp.where(hard, -_kernels.bce_with_logits_value(x, 1 - y), _kernels.log(m))
+    hard, of_hard = (y == 0) | (y == 1), -_kernels.bce_with_logits_value(x, 1 - y)
+    logarithm = jnp.where(hard, of_hard, _kernels.log(m_value(x, y)))
     return jnp.maximum(logarithm, -float(jnp.finfo(x.dtype).max))  # finite: a term of 0 is left 0
 
 
@@ -68,7 +71,7 @@ def focal_term(k: float, j: int, f: str) -> _kernels.Kernel:
     """m^(k + g) (p q)^j f of x, y and g; a g of None is 0."""
 
     def value(x: jax.Array, y: jax.Array, g: jax.Array | None) -> jax.Array:
-        m, pq = _kernels.sigmoid_mix_value(x, 1 - y, -y), _kernels.sigmoid_slope_value(x)
+        m, pq = m_value(x, y), _kernels.sigmoid_slope_value(x)
         factor = FACTORS[f](x, y)
         if g is None and k in WHOLE:
             return annihilate_value(lax.integer_pow(m, int(k)) * lax.integer_pow(pq, j), factor)
@@ -78,14 +81,13 @@ def focal_term(k: float, j: int, f: str) -> _kernels.Kernel:
         info = jnp.finfo(x.dtype)
         vanished = m < info.tiny
         ratio = jnp.where(vanished, 1, _kernels.quotient(pq, m))
-        exponent = jnp.asarray(k + j, x.dtype) if g is None else k + j + g
+        exponent = k + j if g is None else k + j + g
         if f in ("c", "s"):
             exponent = exponent + 1
             limit = 1 if f == "c" else 1 - 2 * y
             factor = jnp.where(vanished, limit, _kernels.quotient(factor, m))
         # Finite, with room for coefficients: a tangent of 0 annihilates it, and opposites can meet.
-        logarithm = annihilate_value(exponent, log_m_value(x, y))
-        power = _kernels.exp(jnp.minimum(logarithm, math.log(info.max) - 7))
+        power = _kernels.exp(jnp.minimum(exponent * log_m_value(x, y), math.log(info.max) - 7))
         return annihilate_value(power * lax.integer_pow(ratio, j), factor)
 
     def partials(

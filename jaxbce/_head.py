@@ -253,7 +253,7 @@ def _evaluate(
         "batchmean": lead[:1],
     }
     for size in divisors.get(reduction, ()):
-        scale = scale * _reduce.one_over(max(size, 1), dtype)
+        scale = scale * _reduce.one_over(size, dtype)
     operands = _linear.Operands(
         features, kernel, bias, positives, labels, pos_weight, label_smoothing, scale
     )

@@ -130,18 +130,22 @@ def quotient(n: jax.Array, d: jax.Array) -> jax.Array:
 # exponential serves both signs and a small sigmoid is never the difference of two large numbers.
 
 
+def log1p_series(z: jax.Array) -> jax.Array:
+    """2 / 3 + 2 z / 5 + ..., of which `log1p_unit` is made; minimax for t in [0, 1], to 1e-8."""
+    return ((0.28092715 * z + 0.27986288) * z + 0.40022415) * z + 0.666664
+
+
 def log1p_unit(t: jax.Array) -> jax.Array:
     """log(1 + t) for t in [0, 1], in float32 to 1 ULP."""
     if t.dtype != jnp.float32:
         return lax.log1p(t, accuracy=HIGHEST)
     # XLA's log1p on a CPU is 2 ULP off where it takes the logarithm of the rounded 1 + t. With
     # s = t / (2 + t), log(1 + t) = 2 atanh(s) = 2 s + 2 s³ / 3 + ... and 2 s = t - s t: what is
-    # rounded is small beside t. Coefficients: minimax on [0, 1], error below 1e-8. The minimum
-    # changes nothing: a quotient that is used twice XLA on a CPU would write to memory.
+    # rounded is small beside t. The minimum changes nothing: a quotient that is used twice XLA on a
+    # CPU would write to memory.
     s = jnp.minimum(quotient(t, 2 + t), 1)
     z = s * s
-    series = ((0.28092715 * z + 0.27986288) * z + 0.40022415) * z + 0.666664
-    return t - s * (t - z * series)
+    return t - s * (t - z * log1p_series(z))
 
 
 def linear_and_curved(x: jax.Array, slope: jax.Array, curvature: jax.Array | float) -> jax.Array:
@@ -155,15 +159,11 @@ def linear_and_curved(x: jax.Array, slope: jax.Array, curvature: jax.Array | flo
     return jnp.where(slope == 0, curved, magnitude * slope + curved)
 
 
-def sigmoid_of_exp(t: jax.Array) -> jax.Array:
-    """sigmoid(-|x|), which is at most 1/2, of t = exp(-|x|)."""
+def sigmoid_tail(x: jax.Array) -> jax.Array:
+    """sigmoid(-|x|), which is at most 1/2."""
+    t = exp(-jnp.abs(x))
     # t / (1 + t) = t - t (t / (1 + t)): the roundings of 1 + t and of the quotient count t times.
     return t - t * quotient(t, 1 + t)
-
-
-def sigmoid_tail(x: jax.Array) -> jax.Array:
-    """sigmoid(-|x|)"""
-    return sigmoid_of_exp(exp(-jnp.abs(x)))
 
 
 def softplus_mix_value(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:

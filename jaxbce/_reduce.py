@@ -31,10 +31,9 @@ def kept(values: jax.Array, weight: jax.Array | None, where: jax.Array | None) -
 
 
 def one_over(size: Any, dtype: Any) -> jax.Array:
-    """1 / a number of elements, exact to a rounding where that is an int."""
-    if isinstance(size, int):
-        return jnp.asarray(1 / size, dtype)
-    return _kernels.quotient(jnp.ones((), dtype), jnp.asarray(size, dtype))
+    """1 / a number of elements, of which 0 counts as 1; exact to a rounding where it is an int."""
+    size = max(size, 1)
+    return jnp.asarray(1 / size, dtype) if isinstance(size, int) else inverse(as_float(size, dtype))
 
 
 def as_float(size: Any, dtype: Any) -> jax.Array:
@@ -80,7 +79,7 @@ def reduce_loss(
         loss = jnp.where(keep, loss, 0)
     if reduction == "none":
         return loss
-    return jnp.sum(loss, axes) * one_over(max(math.prod(sizes), 1), loss.dtype)
+    return jnp.sum(loss, axes) * one_over(math.prod(sizes), loss.dtype)
 
 
 def inverse(total: jax.Array) -> jax.Array:

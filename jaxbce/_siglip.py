@@ -118,7 +118,7 @@ def _siglip(
         labels=None,
         pos_weight=None,
         label_smoothing=None,
-        scale=jnp.full(batch, _reduce.one_over(max(batch, 1), dtype)),
+        scale=jnp.full(batch, _reduce.one_over(batch, dtype)),
     )
     how = devices.over(name, batch, batch)
     return _linear.total_loss(how, _placement.vary_together(operands))

@@ -82,6 +82,13 @@ def all_finite(dtype):
     return values[jnp.isfinite(values)]
 
 
+def ulp(values, dtype):
+    """One unit in the last place of `dtype` at a float64."""
+    info = jnp.finfo(dtype)
+    magnitude = np.maximum(np.abs(values), float(info.smallest_normal))
+    return np.exp2(np.floor(np.log2(magnitude))) * float(info.eps)
+
+
 def ulp_error(got, expected, flushed=1.0):
     """|got - expected| in units in the last place of the dtype of `got` at `expected` (float64).
 
@@ -90,12 +97,10 @@ def ulp_error(got, expected, flushed=1.0):
     """
     info = jnp.finfo(got.dtype)
     smallest = float(info.smallest_normal)
-    got = np.asarray(got, np.float64)
+    dtype, got = got.dtype, np.asarray(got, np.float64)
     expected = np.where(np.abs(expected) > float(info.max), np.copysign(np.inf, expected), expected)
     with np.errstate(invalid="ignore"):
-        magnitude = np.maximum(np.abs(expected), smallest)
-        ulp = np.exp2(np.floor(np.log2(magnitude))) * float(info.eps)
-        error = np.abs(got - expected) / ulp
+        error = np.abs(got - expected) / ulp(expected, dtype)
         equal = (got == expected) | (np.isnan(got) & np.isnan(expected))
         equal |= np.maximum(np.abs(got), np.abs(expected)) <= smallest * flushed
     return np.where(equal, 0.0, np.where(np.isnan(error), np.inf, error))

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,12 @@ from jaxbce import _kernels
 PATH = pathlib.Path(__file__).parents[1] / "benchmarks" / "backends.py"
 spec = importlib.util.spec_from_file_location("backends", PATH)
 backends = importlib.util.module_from_spec(spec)
+sys.path.insert(0, str(PATH.parent))  # for its contenders
 spec.loader.exec_module(backends)
 
 X = np.concatenate(
     [
-        backends.finite_logits("bfloat16")[::8],
+        np.asarray(backends.oracle.all_finite("bfloat16"), np.float32)[::8],
         np.random.default_rng(0).uniform(-100, 100, 2**12).astype(np.float32),
         np.random.default_rng(1).normal(0, 3, 2**12).astype(np.float32),
     ]
@@ -40,7 +42,9 @@ def test_the_worst_is_below_what_was_derived(backend, label, order, bound):
     derived = backends.derived(backend, order, X, label)
     assert derived.max() < bound
     expected = backends.oracle.derivative(order, np.float64(X), label)
-    found = backends.worst(backend, backends.unreduced, order, expected, X, label, rounds=2)
+    found = backends.worst(
+        backend, jaxbce.sigmoid_binary_cross_entropy, order, expected, X, label, rounds=2
+    )
     assert (found <= np.maximum(derived, 0.5) + 1e-6).all()
     assert found.max() > 1.5  # an evaluation without errors would find less
 
@@ -71,7 +75,7 @@ def test_asymmetric_loss_of_a_positive(backend):
 
 ARITHMETIC = {*backends.ROUNDED, *backends.CALLS, "integer_pow", "select_n", "clamp"}
 ARITHMETIC |= {"convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "platform_index"}
-ARITHMETIC |= {"pvary", "cond", "mul", "expand_dims"}
+ARITHMETIC |= {"pvary", "expand_dims"}
 
 
 def inexact(jaxpr, inside=False):
@@ -160,8 +164,8 @@ def test_the_constants_of_log1p():
             t = mpmath.mpf(i) / 2000
             s = t / (2 + t)
             z = s * s
-            series = ((0.28092715 * z + 0.27986288) * z + 0.40022415) * z + 0.666664
-            worst = max(worst, abs((t - s * (t - z * series)) / mpmath.log1p(t) - 1))
+            got = t - s * (t - z * _kernels.log1p_series(z))
+            worst = max(worst, abs(got / mpmath.log1p(t) - 1))
     assert worst < 1e-8
 
 
@@ -170,7 +174,6 @@ def test_the_continued_fraction_of_tanh():
         worst = 0
         for i in range(1, 1001):
             x = mpmath.mpf(i) / 1000
-            z = x * x
-            got = x * (15120 + z * (420 + z)) / (30240 + z * (3360 + 30 * z))
-            worst = max(worst, abs(got / mpmath.tanh(x / 2) - 1))
+            n, d = _kernels.tanh_fraction(x)
+            worst = max(worst, abs(n / d / mpmath.tanh(x / 2) - 1))
     assert worst < 1e-10

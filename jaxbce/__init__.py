@@ -10,7 +10,7 @@
 from jaxbce._checks import checked
 from jaxbce._focal import asymmetric_loss, focal_loss, sigmoid_focal_loss
 from jaxbce._functions import log_sigmoid, sigmoid, softplus
-from jaxbce._head import linear_bce_with_logits, linear_top_k
+from jaxbce._head import linear_bce_with_logits, linear_loss, linear_top_k
 from jaxbce._labels import balanced_pos_weight, multi_hot, positives_from_multi_hot, prior_bias
 from jaxbce._losses import (
     bce,
@@ -20,9 +20,11 @@ from jaxbce._losses import (
 )
 from jaxbce._module import BCEWithLogitsLoss
 from jaxbce._siglip import siglip_loss
+from jaxbce._update import LinearUpdate, linear_update
 
 __all__ = [
     "BCEWithLogitsLoss",
+    "LinearUpdate",
     "asymmetric_loss",
     "balanced_pos_weight",
     "bce",
@@ -30,7 +32,9 @@ __all__ = [
     "checked",
     "focal_loss",
     "linear_bce_with_logits",
+    "linear_loss",
     "linear_top_k",
+    "linear_update",
     "log_sigmoid",
     "multi_hot",
     "positives_from_multi_hot",

@@ -234,6 +234,7 @@ def positives(
     values: Any,
     num_labels: int,
     *,
+    argument: str = "positives",
     rows_of: tuple[str, tuple[int, ...]] | None = None,
     keep: jax.Array | None = None,
 ) -> jax.Array:
@@ -242,20 +243,20 @@ def positives(
     They have the leading axes of `rows_of`, an argument by name and shape. Under `checked` an id
     outside is an error, -1 and the rows apart that `keep` leaves out.
     """
-    ids = real(name, "positives", values)
+    ids = real(name, argument, values)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(
-            f"{name}: positives must be integer label ids, got {ids.dtype}; for a multi-hot array "
+            f"{name}: {argument} must be integer label ids, got {ids.dtype}; for a multi-hot array "
             "use jaxbce.positives_from_multi_hot"
         )
     if not ids.ndim:
-        raise ValueError(f"{name}: positives must have an axis of label ids, got one number")
-    against, shape = rows_of or ("positives", ids.shape)
+        raise ValueError(f"{name}: {argument} must have an axis of label ids, got one number")
+    against, shape = rows_of or (argument, ids.shape)
     if ids.shape[:-1] != shape[:-1]:
         raise ValueError(
-            f"{name}: positives must have shape (..., positives) with the leading axes of "
-            f"{against}, got positives {ids.shape} and {against} {shape}; one positive per row is "
-            "positives[:, None]"
+            f"{name}: {argument} must have shape (..., {argument}) with the leading axes of "
+            f"{against}, got {argument} {ids.shape} and {against} {shape}; one id per row is "
+            f"{argument}[:, None]"
         )
     if ids.dtype.itemsize < 4:
         ids = ids.astype(jnp.int32)  # so that num_labels fits; a wide id is narrowed only below
@@ -263,7 +264,7 @@ def positives(
     ok = inside if jnp.issubdtype(ids.dtype, jnp.unsignedinteger) else inside | (ids == -1)
     if keep is not None:
         ok |= ~keep[..., None]
-    check_values(name, "positives", ids, ok, f"in [0, {num_labels}), or -1 for padding")
+    check_values(name, argument, ids, ok, f"in [0, {num_labels}), or -1 for padding")
     return jnp.where(inside, ids, num_labels).astype(jnp.int32)
 
 

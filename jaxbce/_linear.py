@@ -7,6 +7,7 @@ same pass, every gradient: with Z the logits of a chunk and G = scale · ∂loss
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxbce import _kernels
 
-Gradients = dict[str, jax.Array]  # of every float operand that is given, whatever is wanted
+Gradients = dict[str, Any]  # of every float operand that is given, whatever is wanted
 
 
 class Operands(NamedTuple):
@@ -25,12 +26,14 @@ class Operands(NamedTuple):
     bias: jax.Array | None  # [labels]
     positives: jax.Array | None  # [batch, positives] in [0, labels]; `labels` is padding
     labels: jax.Array | None  # [batch, labels]
-    pos_weight: jax.Array | None  # [labels]
+    per_label: tuple[jax.Array, ...]  # [labels] each: pos_weight, or what a loss of its own takes
     label_smoothing: jax.Array | None  # []
+    where: jax.Array | None  # [batch or 1, labels or 1], False for what is left out
+    ignored: jax.Array | None  # [batch, ignored], ids as in `positives`, left out too
     scale: jax.Array  # [batch], the factor of each row in the total
 
 
-LABELLED = ("kernel", "bias", "labels", "pos_weight")  # one column, or number, per label
+LABELLED = ("kernel", "bias", "labels", "per_label")  # one column, or number, per label
 
 
 def product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
@@ -43,7 +46,9 @@ def differentiable(operands: Operands) -> tuple[str, ...]:
     return tuple(
         name
         for name, array in operands._asdict().items()
-        if name != "scale" and array is not None and jnp.issubdtype(array.dtype, jnp.floating)
+        if name != "scale"
+        and jax.tree.leaves(array)
+        and all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(array))
     )
 
 
@@ -57,26 +62,44 @@ def chunk_logits(
     """The logits of a chunk, and its kernel in the dtype of the product."""
     kernel = kernel.astype(features.dtype)
     logits = product(features, kernel, 1, 0)
-    return (logits if bias is None else logits + bias[None]), kernel
+    return (logits if bias is None else logits + bias[None].astype(logits.dtype)), kernel
 
 
-def chunk_signs(positives: jax.Array, first: jax.Array | int, size: int, dtype: Any) -> jax.Array:
-    """−1 at the positives among the labels first, ..., first + size − 1, and 1 elsewhere."""
-    local = positives - first
+def mark(ids: jax.Array, first: jax.Array | int, size: int, mark: int) -> jax.Array:
+    """`mark` at the ids of each row among the labels first, ..., first + size − 1, 1 elsewhere."""
+    local = ids - first
     # One past the end is dropped; a negative index would wrap around even so.
     local = jnp.where((local >= 0) & (local < size), local, size)
-    rows = jnp.arange(positives.shape[0])[:, None]
-    signs = jnp.ones((positives.shape[0], size), jnp.int8).at[rows, local].set(-1, mode="drop")
-    return signs.astype(dtype)
+    rows = jnp.arange(ids.shape[0])[:, None]
+    return jnp.ones((ids.shape[0], size), jnp.int8).at[rows, local].set(mark, mode="drop")
 
 
-def elementwise_loss(
+def chunk_mask(
+    operands: Operands, first: jax.Array | int, start: jax.Array | int, size: int
+) -> jax.Array | None:
+    """What is kept of a chunk that starts at `start`, a label of the id `first`."""
+    keep = operands.where
+    if keep is not None and keep.shape[1] != 1:
+        keep = columns(keep, start, size)
+    if operands.ignored is not None:
+        known = mark(operands.ignored, first, size, 0) != 0
+        keep = known if keep is None else known & keep
+    return keep
+
+
+# The losses of a chunk, of arrays [batch, chunk]: its logits, its labels (or −1 at the positives
+# and 1 elsewhere, as `signs`), the numbers of its labels, and label smoothing.
+ChunkLoss = Callable[..., jax.Array]
+
+
+def bce(
     signs: jax.Array | None,
     logits: jax.Array,
     labels: jax.Array | None = None,
-    pos_weight: jax.Array | None = None,
+    per_label: tuple[jax.Array, ...] = (),
     label_smoothing: jax.Array | None = None,
 ) -> jax.Array:
+    (pos_weight,) = per_label or (None,)
     dense = labels is not None
     if labels is None:
         assert signs is not None
@@ -94,6 +117,33 @@ def elementwise_loss(
     return _kernels.over(_kernels.softplus_mix, 2)(logits, 1 - labels, positive)
 
 
+@dataclasses.dataclass(frozen=True)
+class OwnLoss:
+    """A user's function of logits and labels [rows, chunk] and of numbers [chunk] per label.
+
+    Row by row, so that the slope of what all rows share can be masked in each of them.
+    """
+
+    loss: Callable[..., jax.Array]
+
+    def __call__(
+        self,
+        signs: jax.Array | None,
+        logits: jax.Array,
+        labels: jax.Array | None = None,
+        per_label: tuple[jax.Array, ...] = (),
+    ) -> jax.Array:
+        if labels is None:
+            assert signs is not None
+            labels = jnp.maximum(-signs, 0)
+
+        def row(logits: jax.Array, labels: jax.Array, *per_label: jax.Array) -> jax.Array:
+            return self.loss(logits[None], labels[None], *per_label)[0]
+
+        losses: jax.Array = jax.vmap(row)(logits, labels, *per_label)
+        return losses.astype(logits.dtype)
+
+
 def gradient_dtype(operand: jax.Array) -> Any:
     """The dtype in which a gradient waits for its cotangent.
 
@@ -104,94 +154,128 @@ def gradient_dtype(operand: jax.Array) -> Any:
 
 def chunk_pass(
     operands: Operands,
+    loss: ChunkLoss,
     with_gradients: bool,
     offset: jax.Array | int,
     start: jax.Array | int,
     size: int,
 ) -> tuple[jax.Array, Gradients]:
-    """What `size` labels from `start` add to the loss of each row, and their gradients."""
+    """What `size` labels from `start` add to the loss of each row, and their gradients.
+
+    The gradients are in the dtype of the arithmetic.
+    """
     chunk = {
-        name: columns(array, start, size)
+        name: jax.tree.map(lambda array: columns(array, start, size), getattr(operands, name))
         for name in LABELLED
-        if (array := getattr(operands, name)) is not None
     }
-    logits, kernel = chunk_logits(operands.features, chunk["kernel"], chunk.get("bias"))
+    keep = chunk_mask(operands, offset + start, start, size)
+    if operands.where is not None and keep is not None:
+        # A column that no row keeps may hold NaN, which a product with 0 would let through.
+        chunk["kernel"] = jnp.where(jnp.any(keep, axis=0)[None], chunk["kernel"], 0)
+    logits, kernel = chunk_logits(operands.features, chunk["kernel"], chunk["bias"])
     signs, elements = None, {"logits": logits}
     if operands.positives is not None:
-        signs = chunk_signs(operands.positives, offset + start, size, logits.dtype)
+        signs = mark(operands.positives, offset + start, size, -1).astype(logits.dtype)
     else:
         elements["labels"] = chunk["labels"].astype(logits.dtype)
     # Unlike `broadcast_to`, sums vary over the same axes of a mesh as the logits.
     zeros = jnp.zeros_like(logits)
-    if operands.pos_weight is not None:
-        elements["pos_weight"] = zeros + chunk["pos_weight"][None]
+    if operands.per_label:
+        elements["per_label"] = tuple(zeros + array[None] for array in chunk["per_label"])
     if operands.label_smoothing is not None:
         elements["label_smoothing"] = zeros + operands.label_smoothing
 
+    def masked_loss(elements: Any) -> jax.Array:
+        losses = loss(signs, **elements)
+        return losses if keep is None else jnp.where(keep, losses, 0)
+
     if not with_gradients:
-        return jnp.sum(elementwise_loss(signs, **elements), axis=1), {}
+        return jnp.sum(masked_loss(elements), axis=1), {}
 
-    scale = operands.scale
+    scale = operands.scale[:, None]
 
-    def scaled_loss(elements: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        loss = elementwise_loss(signs, **elements)
-        return jnp.sum(loss * scale[:, None]), jnp.sum(loss, axis=1)
+    def scaled_loss(elements: Any) -> tuple[jax.Array, jax.Array]:
+        losses = masked_loss(elements)
+        return jnp.sum(losses * scale), jnp.sum(losses, axis=1)
 
     slopes, rows = jax.grad(scaled_loss, has_aux=True)(elements)
-    slopes = {name: jnp.where(scale[:, None] == 0, 0, slope) for name, slope in slopes.items()}
+    counts = scale != 0 if keep is None else (scale != 0) & keep
+    slopes = jax.tree.map(lambda slope: jnp.where(counts, slope, 0), slopes)
     slope = slopes["logits"].astype(kernel.dtype)
     gradients = {
         "features": product(slope, kernel, 1, 1),
-        "kernel": product(operands.features, slope, 0, 0).astype(gradient_dtype(operands.kernel)),
+        "kernel": product(operands.features, slope, 0, 0),
     }
     if operands.bias is not None:
         gradients["bias"] = jnp.sum(slopes["logits"], axis=0)
     if operands.labels is not None and jnp.issubdtype(operands.labels.dtype, jnp.floating):
-        gradients["labels"] = slopes["labels"].astype(gradient_dtype(operands.labels))
-    if operands.pos_weight is not None:
-        gradients["pos_weight"] = jnp.sum(slopes["pos_weight"], axis=0)
+        gradients["labels"] = slopes["labels"]
+    if operands.per_label:
+        gradients["per_label"] = tuple(jnp.sum(each, axis=0) for each in slopes["per_label"])
     if operands.label_smoothing is not None:
         gradients["label_smoothing"] = jnp.sum(slopes["label_smoothing"])
     return rows, gradients
 
 
-def put(gradients: Gradients, name: str, part: jax.Array, start: jax.Array | int) -> jax.Array:
-    """The gradient of an operand with that of a chunk written into it, or added to it."""
-    if name in LABELLED:
-        axis = part.ndim - 1
-        return jax.lax.dynamic_update_slice_in_dim(gradients[name], part, start, axis)
-    return gradients[name] + part
+def write(array: jax.Array, part: jax.Array, start: jax.Array | int) -> jax.Array:
+    """`array` with the columns of a chunk replaced."""
+    return jax.lax.dynamic_update_slice_in_dim(array, part, start, axis=part.ndim - 1)
+
+
+def last_chunk(num_labels: int, chunk_size: int) -> tuple[int, int]:
+    """How many whole chunks come before the last one, which may be smaller, and where it starts."""
+    whole = 0 if num_labels == chunk_size else max(num_labels - 1, 0) // chunk_size
+    return whole, whole * chunk_size
 
 
 def full_pass(
-    operands: Operands, with_gradients: bool, chunk_size: int, offset: jax.Array | int = 0
+    operands: Operands,
+    loss: ChunkLoss,
+    with_gradients: bool,
+    chunk_size: int,
+    offset: jax.Array | int = 0,
 ) -> tuple[jax.Array, Gradients]:
     """The unscaled loss of each row and the gradients of Σ scale · loss.
 
     `offset` is the id of the first label of `kernel`.
     """
     num_labels = operands.kernel.shape[1]
-    whole = 0 if num_labels == chunk_size else max(num_labels - 1, 0) // chunk_size
-    start = whole * chunk_size
-    # The last chunk, which may be smaller, comes first: the sums of the loop start from its own.
-    rows, parts = chunk_pass(operands, with_gradients, offset, start, num_labels - start)
+
+    def one_chunk(start: jax.Array | int, size: int) -> tuple[jax.Array, Gradients]:
+        rows, parts = chunk_pass(operands, loss, with_gradients, offset, start, size)
+        for name in {"kernel", "labels"} & parts.keys():  # as large as their operands
+            parts[name] = parts[name].astype(gradient_dtype(getattr(operands, name)))
+        return rows, parts
+
+    whole, start = last_chunk(num_labels, chunk_size)
+    # The last chunk comes first: the sums of the loop start from its own.
+    rows, parts = one_chunk(start, num_labels - start)
     if not whole:
         return rows, parts
-    empty = {
-        name: jnp.zeros((*part.shape[:-1], num_labels), part.dtype)
-        if name in LABELLED
-        else jnp.zeros_like(part)
+
+    def put(gradients: Gradients, parts: Gradients, start: jax.Array | int) -> Gradients:
+        """The gradients with those of a chunk written into them, or added to them."""
+        add = {
+            name: (lambda array, part: write(array, part, start)) if name in LABELLED else jnp.add
+            for name in parts
+        }
+        return {name: jax.tree.map(add[name], gradients[name], parts[name]) for name in parts}
+
+    def empty(part: jax.Array) -> jax.Array:
+        return jnp.zeros((*part.shape[:-1], num_labels), part.dtype)
+
+    gradients = {
+        name: jax.tree.map(empty if name in LABELLED else jnp.zeros_like, part)
         for name, part in parts.items()
     }
-    gradients = {name: put(empty, name, part, start) for name, part in parts.items()}
+    gradients = put(gradients, parts, start)
 
     def step(
         carry: tuple[jax.Array, Gradients], start: jax.Array
     ) -> tuple[tuple[jax.Array, Gradients], None]:
         rows, gradients = carry
-        more, parts = chunk_pass(operands, with_gradients, offset, start, chunk_size)
-        gradients = {name: put(gradients, name, part, start) for name, part in parts.items()}
-        return (rows + more, gradients), None
+        more, parts = one_chunk(start, chunk_size)
+        return (rows + more, put(gradients, parts, start)), None
 
     starts = jnp.arange(whole, dtype=jnp.int32) * chunk_size
     (rows, gradients), _ = jax.lax.scan(step, (rows, gradients), starts)
@@ -203,9 +287,16 @@ class OneDevice:
     """How a pass over all labels is run."""
 
     chunk_size: int
+    loss: ChunkLoss
 
     def run(self, operands: Operands, with_gradients: bool) -> tuple[jax.Array, Gradients]:
-        return full_pass(operands, with_gradients, self.chunk_size)
+        return full_pass(operands, self.loss, with_gradients, self.chunk_size)
+
+    def update(
+        self, pass_over: Callable[..., Any], operands: Operands, columns: Any, others: Any, key: Any
+    ) -> Any:
+        """`pass_over` writes `columns`, which have a column for each label."""
+        return pass_over(operands, columns, others, key, self.loss, self.chunk_size)
 
 
 def scaled_sum(rows: jax.Array, scale: jax.Array) -> jax.Array:
@@ -226,7 +317,8 @@ def empty_operands(operands: Operands) -> Operands:
 def cotangents(gradients: Gradients, operands: Operands) -> tuple[Operands]:
     """One per operand, in its dtype; None for what has no gradient."""
     given = {
-        name: gradient.astype(getattr(operands, name).dtype) for name, gradient in gradients.items()
+        name: jax.tree.map(lambda a, b: a.astype(b.dtype), gradient, getattr(operands, name))
+        for name, gradient in gradients.items()
     }
     values: list[Any] = [given.get(name) for name in Operands._fields]
     return (Operands(*values),)
@@ -251,7 +343,7 @@ def total_loss_fwd(how: OneDevice, operands: Operands) -> tuple[jax.Array, Any]:
 
 def total_loss_bwd(how: OneDevice, residuals: Any, g: jax.Array) -> tuple[Operands]:
     gradients, operands = residuals
-    scaled = {name: g * gradient.astype(g.dtype) for name, gradient in gradients.items()}
+    scaled = jax.tree.map(lambda gradient: g * gradient.astype(g.dtype), gradients)
     return cotangents(scaled, operands)
 
 

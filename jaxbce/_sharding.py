@@ -1,6 +1,7 @@
 """The head on a mesh: each device makes its own pass over its own labels and rows."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,8 +26,10 @@ class OnMesh(_linear.OneDevice):
             "bias": PartitionSpec(label),
             "positives": PartitionSpec(batch, None),
             "labels": PartitionSpec(batch, label),
-            "pos_weight": PartitionSpec(label),
+            "per_label": PartitionSpec(label),
             "label_smoothing": PartitionSpec(),
+            "where": PartitionSpec(batch, label),
+            "ignored": PartitionSpec(batch, None),
             "scale": PartitionSpec(batch),
         }
 
@@ -34,33 +37,82 @@ class OnMesh(_linear.OneDevice):
         self, operands: _linear.Operands, with_gradients: bool
     ) -> tuple[jax.Array, _linear.Gradients]:
         specs = self.specs()
-        given: list[Any] = [
-            None if array is None else specs[name] for name, array in operands._asdict().items()
-        ]
-        row_spec = specs["scale"]
         names = _linear.differentiable(operands) if with_gradients else ()
         gradient_specs = {name: specs[name] for name in names}
 
-        def total(part: jax.Array, spec: PartitionSpec) -> jax.Array:
-            """The sum over the axes of the mesh that split the work but not the result."""
-            axes = {self.batch_axis, self.label_axis} - {None, *spec}
-            return jax.lax.psum(part, tuple(axes)) if axes else part
-
         def local(operands: _linear.Operands) -> tuple[jax.Array, _linear.Gradients]:
-            shard = 0 if self.label_axis is None else jax.lax.axis_index(self.label_axis)
-            offset = shard * operands.kernel.shape[1]
-            rows, gradients = _linear.full_pass(operands, with_gradients, self.chunk_size, offset)
-            totals = {name: total(part, specs[name]) for name, part in gradients.items()}
-            return total(rows, row_spec), totals
+            rows, gradients = _linear.full_pass(
+                operands, self.loss, with_gradients, self.chunk_size, self.offset(operands)
+            )
+            totals = {name: self.total(part, specs[name]) for name, part in gradients.items()}
+            return self.total(rows, specs["scale"]), totals
 
         run: Any = jax.shard_map(
             local,
             mesh=self.mesh,
-            in_specs=(_linear.Operands(*given),),
-            out_specs=(row_spec, gradient_specs),
+            in_specs=(self.operand_specs(operands),),
+            out_specs=(specs["scale"], gradient_specs),
         )
         result: tuple[jax.Array, _linear.Gradients] = run(operands)
         return result
+
+    def update(
+        self,
+        pass_over: Callable[..., Any],
+        operands: _linear.Operands,
+        columns: Any,
+        others: Any,
+        key: Any,
+    ) -> Any:
+        specs = self.specs()
+
+        def by_label(array: jax.Array) -> PartitionSpec:
+            return PartitionSpec(*[None] * (array.ndim - 1), self.label_axis)
+
+        def local(operands: _linear.Operands, columns: Any, others: Any, key: Any) -> Any:
+            rows, slope, columns, others = pass_over(
+                operands,
+                columns,
+                others,
+                key,
+                self.loss,
+                self.chunk_size,
+                self.offset(operands),
+                lambda name, part: self.total(part, specs[name]),
+            )
+            rows = self.total(rows, specs["scale"])
+            return rows, self.total(slope, specs["features"]), columns, others
+
+        column_specs = jax.tree.map(by_label, columns)
+        other_specs = jax.tree.map(lambda _: PartitionSpec(), (others, key))
+        run: Any = jax.shard_map(
+            local,
+            mesh=self.mesh,
+            in_specs=(self.operand_specs(operands), column_specs, *other_specs),
+            out_specs=(specs["scale"], specs["features"], column_specs, other_specs[0]),
+        )
+        return run(operands, columns, others, key)
+
+    def operand_specs(self, operands: _linear.Operands) -> _linear.Operands:
+        """How the operands that are given are sharded; a mask is not where it is broadcast."""
+        specs: dict[str, Any] = self.specs()
+        for name, value in operands._asdict().items():
+            if value is None:
+                specs[name] = None
+        if operands.where is not None:
+            sizes = zip(operands.where.shape, specs["where"], strict=True)
+            specs["where"] = PartitionSpec(*(None if size == 1 else axis for size, axis in sizes))
+        return _linear.Operands(**specs)
+
+    def offset(self, operands: _linear.Operands) -> jax.Array | int:
+        """The id of the first label of this device."""
+        shard = 0 if self.label_axis is None else jax.lax.axis_index(self.label_axis)
+        return shard * operands.kernel.shape[1]
+
+    def total(self, parts: Any, spec: PartitionSpec) -> Any:
+        """The sum over the axes of the mesh that split the work but not the result."""
+        axes = {self.batch_axis, self.label_axis} - {None, *spec}
+        return jax.lax.psum(parts, tuple(axes)) if axes else parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +154,9 @@ class Devices:
                 )
         return cls(chunk_size, mesh, tuple(axes.items()))
 
-    def over(self, name: str, rows: int, labels: int) -> _linear.OneDevice:
+    def over(
+        self, name: str, rows: int, labels: int, loss: _linear.ChunkLoss = _linear.bce
+    ) -> _linear.OneDevice:
         """How to run over so many rows and labels."""
         axes = []
         sizes = [rows, labels]
@@ -124,8 +178,8 @@ class Devices:
         chunk_size = self.chunk_size or _linear.default_chunk_size(*sizes)
         chunk_size = max(min(chunk_size, sizes[1]), 1)
         if self.mesh is None or not any(axes):
-            return _linear.OneDevice(chunk_size)
+            return _linear.OneDevice(chunk_size, loss)
         batch_axis, label_axis = (*axes, None)[:2]
         kinds = (AxisType.Auto,) * len(self.mesh.axis_names)
         mesh = Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=kinds)
-        return OnMesh(chunk_size, mesh, batch_axis, label_axis)
+        return OnMesh(chunk_size, loss, mesh, batch_axis, label_axis)

@@ -116,8 +116,10 @@ def _siglip(
         bias=jnp.broadcast_to(bias.astype(dtype), batch),
         positives=positives,
         labels=None,
-        pos_weight=None,
+        per_label=(),
         label_smoothing=None,
+        where=None,
+        ignored=None,
         scale=jnp.full(batch, _reduce.one_over(batch, dtype)),
     )
     how = devices.over(name, batch, batch)

@@ -1,0 +1,461 @@
+"""A training step of the head in which the gradient of its kernel never exists as a whole."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+from jax.typing import ArrayLike
+
+from jaxbce import _checks, _head, _kernels, _linear, _placement, _reduce, _sharding
+
+
+class Optimizer(Protocol):
+    """What `linear_update` needs of an optax transformation."""
+
+    @property
+    def init(self) -> Callable[..., Any]: ...
+    @property
+    def update(self) -> Callable[..., Any]: ...
+
+
+class LinearUpdate(NamedTuple):
+    """What `linear_update` returns.
+
+    Use it as the result of a step: the new parameters and state go into the next one.
+
+    Formula: loss and features_gradient are those before the update.
+
+    Args:
+      loss: the loss, a scalar.
+      features_gradient: its gradient with respect to the features, [..., D], in their dtype.
+      params: the new parameters, as they were given.
+      opt_state: the new state of the optimizer, as it was given.
+    """
+
+    loss: jax.Array
+    features_gradient: jax.Array
+    params: dict[str, jax.Array]
+    opt_state: Any
+
+
+def linear_update(
+    optimizer: Optimizer,
+    features: ArrayLike,
+    params: dict[str, jax.Array],
+    opt_state: Any,
+    *,
+    loss: Callable[..., jax.Array] | None = None,
+    positives: ArrayLike | None = None,
+    labels: ArrayLike | None = None,
+    per_label: Sequence[ArrayLike] = (),
+    weight: ArrayLike | None = None,
+    pos_weight: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    where: ArrayLike | None = None,
+    ignored: ArrayLike | None = None,
+    reduction: str = "mean",
+    chunk_size: int | None = None,
+    rounding_key: jax.Array | None = None,
+    mesh: Mesh | None = None,
+    batch_axis: str | None = None,
+    label_axis: str | None = None,
+) -> LinearUpdate:
+    """One step of an optimizer on a linear layer, without the gradient of its kernel.
+
+    Use it where the gradient of the kernel, which is as large as the kernel, has no room: each
+    chunk of the parameters and of the optimizer's state is updated as soon as its gradient is
+    known. With `params` and `opt_state` donated to `jax.jit` the memory beyond them is a few
+    chunks. The gradient of the features goes on into the model below:
+    `features, backward = jax.vjp(model, w)`, then `backward(step.features_gradient)`.
+
+    Formula: the step is that of `jax.value_and_grad` of the loss, `optimizer.update` and
+    `optax.apply_updates`, to rounding.
+
+    Args:
+      optimizer: an optax transformation that treats elements independently: sgd, adam, adamw, lion,
+        rmsprop, schedules, weight decay, chains of them.
+      features: float array [..., D].
+      params: {"kernel": [D, L]} or {"kernel": [D, L], "bias": [L]}.
+      opt_state: optimizer.init(params), or what the last step returned.
+      loss: a function of logits, labels and numbers per label, as in `linear_loss`; None is that of
+        `linear_bce_with_logits`.
+      positives: integer array [..., P] of label ids, padded with -1. Exactly one of positives and
+        labels is given.
+      labels: float, integer or bool array [..., L].
+      per_label: real arrays [L] for the loss, as in `linear_loss`.
+      weight: real array [...], one number per row; None is 1.
+      pos_weight: real array [L], where loss is None; None is 1.
+      label_smoothing: number in [0, 1], where loss is None.
+      where: bool array that broadcasts to [..., L]; None keeps everything.
+      ignored: integer array [..., I] of label ids to leave out of each row, padded with -1.
+      reduction: "mean", "weighted_mean", "sum" or "batchmean", as in `linear_bce_with_logits`.
+      chunk_size: number of labels at a time; None chooses.
+      rounding_key: a key of `jax.random`. Parameters in bfloat16 are then rounded up or down at
+        random, so that the expected value is exact and a small step is not always lost. None rounds
+        to the nearest.
+      mesh: devices to share the work; None uses one.
+      batch_axis: axis of the mesh over which the rows are sharded; None replicates them.
+      label_axis: axis of the mesh over which the labels, the parameters and the state are sharded;
+        None replicates them.
+
+    Returns:
+      `LinearUpdate(loss, features_gradient, params, opt_state)`: the loss and its gradient with
+      respect to the features before the step, the parameters and the state after it.
+
+    Raises:
+      TypeError: optimizer has no init and update, params is not such a dict, an array is of the
+        wrong dtype, or as `linear_loss`.
+      ValueError: the optimizer mixes elements (clipping by a global norm, factored moments, trust
+        ratios) or holds a traced value, opt_state is not that of the optimizer and params,
+        pos_weight or label_smoothing are given with a loss, rounding_key without parameters in
+        bfloat16, or as `linear_loss`.
+
+    Edge values: what is masked or has a weight of 0 has no part in the step. Under `rounding_key`
+    NaN and infinities stay, and no finite number becomes infinite.
+
+    Differentiable: no; it is a step, not a loss.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, jaxbce
+      >>> optimizer = optax.adam(0.1)
+      >>> params = {"kernel": jnp.zeros((3, 5)), "bias": jnp.zeros(5)}
+      >>> step = jaxbce.linear_update(optimizer, jnp.ones((2, 3)), params, optimizer.init(params),
+      ...     positives=jnp.array([[4, -1], [0, 4]]))
+      >>> print(step.params["bias"].round(2))
+      [ 0.   -0.1 -0.1 -0.1  0.1]
+
+    Source: the heads of Jain et al. 2023, "Renee", and of Lin et al. 2025, "ELMO", for any
+    elementwise loss and optimizer; the rounding is that of Gupta et al. 2015.
+    """
+    name = "linear_update"
+    _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS[:-1])
+    devices = _sharding.Devices.named(
+        name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis
+    )
+    if loss is not None and (pos_weight is not None or label_smoothing != 0):
+        raise ValueError(
+            f"{name}: pos_weight and label_smoothing belong to the loss that is built in, got a "
+            "loss of your own; it takes its options itself, and arrays as per_label"
+        )
+    if loss is None and len(per_label):
+        raise ValueError(
+            f"{name}: per_label belongs to a loss of your own, got loss=None; pass a loss, or "
+            "pos_weight"
+        )
+    layout = _layout(name, optimizer, params, opt_state)
+    numbers = {"pos_weight": pos_weight} if loss is None else _head.numbered(name, per_label)
+    arrays = _head.admit(
+        name,
+        features,
+        params["kernel"],
+        params.get("bias"),
+        positives=positives,
+        labels=labels,
+        per_label=numbers,
+        weight=weight,
+        label_smoothing=label_smoothing,
+        where=where,
+        ignored=ignored,
+    )
+    if rounding_key is not None and params["kernel"].dtype != jnp.bfloat16:
+        raise ValueError(
+            f"{name}: rounding_key is for parameters in bfloat16, got {params['kernel'].dtype}; "
+            "leave it out"
+        )
+    chunk_loss = _linear.bce if loss is None else _head.own_loss(name, loss, len(per_label))
+    step: LinearUpdate = _update(
+        *arrays,
+        opt_state,
+        rounding_key,
+        name=name,
+        reduction=reduction,
+        loss=chunk_loss,
+        optimizer=optimizer,
+        layout=layout,
+        devices=devices,
+    )
+    return step
+
+
+class Layout(NamedTuple):
+    """Which leaves of the optimizer's state have a column, or a number, for each label."""
+
+    structure: Any
+    by_label: tuple[bool, ...]
+
+    def split(self, state: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+        """The leaves by label, and the others, as the number of steps."""
+        leaves = list(zip(jax.tree.leaves(state), self.by_label, strict=True))
+        return [leaf for leaf, cut in leaves if cut], [leaf for leaf, cut in leaves if not cut]
+
+    def join(self, by_label: Sequence[jax.Array], others: Sequence[jax.Array]) -> Any:
+        sources = {True: iter(by_label), False: iter(others)}
+        return jax.tree.unflatten(self.structure, [next(sources[cut]) for cut in self.by_label])
+
+
+def _layout(name: str, optimizer: Any, params: Any, opt_state: Any) -> Layout:
+    """How the state is cut by label, if the optimizer allows it."""
+    if not isinstance(params, dict) or not {"kernel"} <= params.keys() <= {"kernel", "bias"}:
+        raise TypeError(
+            f'{name}: params must be a dict of "kernel" and, if there is one, "bias", got '
+            f"{list(params) if isinstance(params, dict) else type(params).__name__}"
+        )
+    try:
+        hash(optimizer)
+        init, _ = optimizer.init, optimizer.update
+    except (AttributeError, TypeError):
+        raise TypeError(
+            f"{name}: optimizer must be an optax transformation, got {type(optimizer).__name__}"
+        ) from None
+    arrays = {argument: _checks.floating(name, argument, params[argument]) for argument in params}
+
+    def state_with(more: int) -> Any:
+        """What the state looks like for so many labels more."""
+        return jax.eval_shape(
+            init,
+            {
+                argument: jax.ShapeDtypeStruct((*a.shape[:-1], a.shape[-1] + more), a.dtype)
+                for argument, a in arrays.items()
+            },
+        )
+
+    own, wider = state_with(0), state_with(1)
+    expected = [leaf.shape for leaf in jax.tree.leaves(own)]
+    got = [jnp.shape(leaf) for leaf in jax.tree.leaves(opt_state)]
+    if jax.tree.structure(opt_state) != jax.tree.structure(own) or got != expected:
+        raise ValueError(
+            f"{name}: opt_state must be optimizer.init(params), with arrays of shapes {expected}, "
+            f"got {got}"
+        )
+    by_label = tuple(
+        a.shape != b.shape and b.shape == (*a.shape[:-1], a.shape[-1] + 1)
+        for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(wider), strict=True)
+    )
+    leaves = zip(expected, by_label, strict=True)
+    mixed = next((shape for shape, cut in leaves if not cut and shape), None)
+    if mixed is not None:
+        raise ValueError(
+            f"{name}: optimizer keeps state of shape {mixed}, which is not one column or number "
+            "for each label; use one that treats elements independently, as optax.adam does"
+        )
+    dtypes = tuple((argument, array.dtype) for argument, array in arrays.items())
+    if _mixes(name, optimizer, dtypes):
+        raise ValueError(
+            f"{name}: optimizer treats elements together, as clipping by a global norm and trust "
+            "ratios do; its step needs the whole gradient, so use jax.value_and_grad of "
+            "jaxbce.linear_loss with it, or an optimizer that treats elements independently"
+        )
+    return Layout(jax.tree.structure(own), by_label)
+
+
+def _step(optimizer: Any, gradients: Any, params: Any, state: Any) -> tuple[Any, Any]:
+    updates, state = optimizer.update(gradients, state, params)
+    return jax.tree.map(jnp.add, params, updates), state
+
+
+@functools.lru_cache(maxsize=64)
+def _mixes(name: str, optimizer: Any, dtypes: tuple[tuple[str, Any], ...]) -> bool:
+    """Whether a step of two halves of a tiny kernel differs from that of the whole.
+
+    Gradients are small, so large that anything clips them, and partly NaN.
+    """
+    rng = np.random.default_rng(0)
+
+    def draw(dtype: Any, shape: tuple[int, ...]) -> Any:
+        return rng.normal(size=shape).astype(_kernels.accumulator(np.zeros(0, dtype)))
+
+    with jax.ensure_compile_time_eval():
+        for size, last in ((1.0, 1.0), (1e15, 1.0), (1.0, np.nan)):
+            shapes = {argument: (2, 4) if argument == "kernel" else (4,) for argument, _ in dtypes}
+            params, gradients = (
+                {argument: draw(dtype, shapes[argument]) for argument, dtype in dtypes}
+                for _ in range(2)
+            )
+            gradients = {key: array * array.dtype.type(size) for key, array in gradients.items()}
+            for array in gradients.values():
+                array[..., -1] *= last
+
+            def step(part: slice, params: Any = params, gradients: Any = gradients) -> list[Any]:
+                arrays = {key: jnp.asarray(array[..., part]) for key, array in params.items()}
+                slopes = {key: jnp.asarray(array[..., part]) for key, array in gradients.items()}
+                state = optimizer.init(arrays)
+                return jax.tree.leaves(_step(optimizer, slopes, arrays, state))
+
+            whole, *halves = (step(part) for part in (slice(4), slice(2), slice(2, 4)))
+            if any(isinstance(leaf, jax.core.Tracer) for leaf in whole):
+                raise ValueError(
+                    f"{name}: optimizer must hold no traced value; pass a learning rate that is "
+                    "traced through optax.inject_hyperparams, which keeps it in opt_state"
+                )
+            for together, *apart in zip(whole, *halves, strict=True):
+                joined = np.concatenate(apart, axis=-1) if np.ndim(together) else np.array(apart)
+                if not np.allclose(joined, together, rtol=1e-5, equal_nan=True):
+                    return True
+    return False
+
+
+def _specs(features: Any, kernel: Any, bias: Any, *others: Any, **_: Any) -> LinearUpdate:
+    """The results are sharded as what they replace."""
+    own: Any = jax.tree.map(_placement.common_spec, (features, kernel, bias, others[-2]))
+    params = {"kernel": own[1]} | ({} if bias is None else {"bias": own[2]})
+    return LinearUpdate(PartitionSpec(), own[0], params, own[3])
+
+
+@_placement.compiled(
+    "name", "reduction", "loss", "optimizer", "layout", "devices", result=_specs
+)
+def _update(
+    *arrays: Any,
+    name: str,
+    reduction: str,
+    loss: _linear.ChunkLoss,
+    optimizer: Any,
+    layout: Layout,
+    devices: _sharding.Devices,
+) -> LinearUpdate:
+    *given, opt_state, key = arrays
+    lead, operands, _ = _head.prepare(*given, name=name, reduction=reduction)
+    params = {"kernel": operands.kernel}
+    if operands.bias is not None:
+        params["bias"] = operands.bias
+    state, others = layout.split(jax.tree.map(jnp.asarray, opt_state))
+
+    def new_columns(gradients: Any, columns: Any, others: Any, key: Any) -> tuple[Any, Any]:
+        """(Parameters, state) of some labels, and the rest of the state, after a step."""
+        (params, state), wide_others = jax.tree.map(_widened, (columns, others))
+        whole_state = layout.join(state, wide_others)
+        params, new_state = _step(optimizer, gradients, params, whole_state)
+        state, new_others = layout.split(new_state)
+        rounded = {
+            argument: _rounded(params[argument], old.dtype, _key(key, i))
+            for i, (argument, old) in enumerate(columns[0].items())
+        }
+        new_others = jax.tree.map(_like, new_others, others)
+        return (rounded, jax.tree.map(_like, state, columns[1])), new_others
+
+    how = devices.over(name, *_head.sizes(operands), loss)
+    pass_over = functools.partial(update_pass, new_columns)
+    rows, slope, (params, state), others = how.update(
+        pass_over, operands, (params, state), others, key
+    )
+    features = jnp.asarray(given[0])
+    return LinearUpdate(
+        _linear.scaled_sum(rows, operands.scale),
+        slope.reshape(features.shape).astype(features.dtype),
+        params,
+        layout.join(state, others),
+    )
+
+
+def _widened(array: jax.Array) -> jax.Array:
+    """In the dtype of the arithmetic, if it is of a floating dtype."""
+    floating = jnp.issubdtype(array.dtype, jnp.floating)
+    return array.astype(_kernels.accumulator(array)) if floating else array
+
+
+def _like(array: jax.Array, old: jax.Array) -> jax.Array:
+    return array.astype(old.dtype)
+
+
+def _key(key: jax.Array | None, i: jax.Array | int) -> jax.Array | None:
+    return None if key is None else jax.random.fold_in(key, i)
+
+
+def _rounded(values: jax.Array, dtype: Any, key: jax.Array | None) -> jax.Array:
+    if key is None or dtype != jnp.bfloat16:
+        return values.astype(dtype)
+    return round_with(jax.random.bits(key, values.shape, jnp.uint16), values.astype(jnp.float32))
+
+
+def round_with(noise: jax.Array, values: jax.Array) -> jax.Array:
+    """`values` in float32 rounded to bfloat16, up with the probability of what is cut off.
+
+    A bfloat16 is the upper half of a float32. 16 random bits added to the lower half carry into the
+    upper one as often as the lower half is a part of 2¹⁶.
+    """
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+    upper = (bits + noise.astype(jnp.uint32)) >> 16
+    infinity, largest, sign = (jnp.uint32(code) for code in (0x7F80, 0x7F7F, 0x8000))
+    upper = jnp.where((upper & ~sign) >= infinity, largest | (upper & sign), upper)
+    rounded = jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
+    return jnp.where(jnp.isfinite(values), rounded, values.astype(jnp.bfloat16))
+
+
+def update_pass(
+    new_columns: Callable[..., Any],
+    operands: _linear.Operands,
+    columns: Any,
+    others: Any,
+    key: jax.Array | None,
+    loss: _linear.ChunkLoss,
+    chunk_size: int,
+    offset: jax.Array | int = 0,
+    total: Callable[[str, jax.Array], jax.Array] = lambda name, part: part,
+) -> tuple[jax.Array, jax.Array, Any, Any]:
+    """The loss of each row, the gradient of the features, and what `columns`, others` become.
+
+    `total` sums the gradient of a parameter over the devices that share its labels.
+    """
+    num_labels = operands.kernel.shape[1]
+
+    def one_chunk(columns: Any, start: jax.Array | int, size: int) -> tuple[Any, ...]:
+        params = columns[0]
+        now = operands._replace(kernel=params["kernel"], bias=params.get("bias"))
+        rows, parts = _linear.chunk_pass(now, loss, True, offset, start, size)
+        gradients = {
+            argument: total(argument, parts[argument]).astype(_kernels.accumulator(array))
+            for argument, array in params.items()
+        }
+        step = functools.partial(
+            new_columns, gradients, others=others, key=_key(key, offset + start)
+        )
+        written, new_others = write_columns(columns, step, start, size)
+        return rows, parts["features"], written, new_others
+
+    whole, start = _linear.last_chunk(num_labels, chunk_size)
+    rows, slope, columns, new_others = one_chunk(columns, start, num_labels - start)
+
+    def more(carry: Any, start: jax.Array) -> tuple[Any, None]:
+        rows, slope, columns = carry
+        more_rows, more_slope, columns, _ = one_chunk(columns, start, chunk_size)
+        return (rows + more_rows, slope + more_slope, columns), None
+
+    starts = jnp.arange(whole, dtype=jnp.int32) * chunk_size
+    (rows, slope, columns), _ = jax.lax.scan(more, (rows, slope, columns), starts)
+    return rows, slope, columns, new_others
+
+
+def write_columns(
+    columns: Any, step: Callable[..., Any], start: jax.Array | int, size: int
+) -> tuple[Any, Any]:
+    """Every array of `columns` with `size` columns from `start` after a step, written in place.
+
+    XLA copies an array whose slice may still be read after the array is written. So each array has
+    its own step, of slices whose start depends on the array that was written before, where the
+    compiler for CPUs needs that; elsewhere the steps are one.
+    """
+    arrays, structure = jax.tree.flatten(columns)
+    old = [_linear.columns(array, start, size) for array in arrays]
+    written: list[jax.Array] = []
+    at = start
+    for i, array in enumerate(arrays):
+        unwritten = [_linear.columns(each, at, size) for each in arrays[i:]]
+        new, others = step(jax.tree.unflatten(structure, [*old[:i], *unwritten]))
+        written.append(_linear.write(array, jax.tree.leaves(new)[i], start))
+        at = start + _nothing(written[-1], start)
+    return jax.tree.unflatten(structure, written), others
+
+
+def _nothing(array: jax.Array, start: jax.Array | int) -> jax.Array:
+    """0, which on a CPU is known only once the column at `start` is written."""
+    one = jnp.ravel(_linear.columns(array, start, 1))[0]
+    zero: jax.Array = jax.lax.platform_dependent(
+        (one != one).astype(jnp.int32),
+        cpu=lambda unknown: unknown >> 1,
+        default=lambda unknown: unknown * 0,
+    )
+    return zero

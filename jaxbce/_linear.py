@@ -159,17 +159,20 @@ def chunk_pass(
     offset: jax.Array | int,
     start: jax.Array | int,
     size: int,
+    due: jax.Array | None = None,
 ) -> tuple[jax.Array, Gradients]:
     """What `size` labels from `start` add to the loss of each row, and their gradients.
 
-    The gradients are in the dtype of the arithmetic.
+    The gradients are in the dtype of the arithmetic. Only the labels that are `due` count.
     """
     chunk = {
         name: jax.tree.map(lambda array: columns(array, start, size), getattr(operands, name))
         for name in LABELLED
     }
     keep = chunk_mask(operands, offset + start, start, size)
-    if operands.where is not None and keep is not None:
+    if due is not None:
+        keep = due[None] if keep is None else keep & due[None]
+    if keep is not None:
         # A column that no row keeps may hold NaN, which a product with 0 would let through.
         chunk["kernel"] = jnp.where(jnp.any(keep, axis=0)[None], chunk["kernel"], 0)
     logits, kernel = chunk_logits(operands.features, chunk["kernel"], chunk["bias"])

@@ -264,37 +264,35 @@ def _mixes(name: str, optimizer: Any, dtypes: tuple[tuple[str, Any], ...]) -> bo
     Gradients are small, so large that anything clips them, and partly NaN.
     """
     rng = np.random.default_rng(0)
+    shapes = {"kernel": (2, 4), "bias": (4,)}
 
-    def draw(dtype: Any, shape: tuple[int, ...]) -> Any:
-        return rng.normal(size=shape).astype(_kernels.accumulator(np.zeros(0, dtype)))
+    def draw() -> dict[str, Any]:
+        return {
+            argument: rng.normal(size=shapes[argument]).astype(_kernels.accumulator(np.zeros(0, dtype)))
+            for argument, dtype in dtypes
+        }
 
-    with jax.ensure_compile_time_eval():
-        for size, last in ((1.0, 1.0), (1e15, 1.0), (1.0, np.nan)):
-            shapes = {argument: (2, 4) if argument == "kernel" else (4,) for argument, _ in dtypes}
-            params, gradients = (
-                {argument: draw(dtype, shapes[argument]) for argument, dtype in dtypes}
-                for _ in range(2)
+    @jax.jit
+    def step(params: Any, gradients: Any) -> list[Any]:
+        return jax.tree.leaves(_step(optimizer, gradients, params, optimizer.init(params)))
+
+    for size, last in ((1.0, 1.0), (1e15, 1.0), (1.0, np.nan)):
+        factors = np.float32([size, size, size, size * last])
+        params, gradients = draw(), {key: slope * factors for key, slope in draw().items()}
+        with jax.ensure_compile_time_eval():
+            whole, *halves = (
+                step(*jax.tree.map(lambda array, part=part: array[..., part], (params, gradients)))
+                for part in (slice(4), slice(2), slice(2, 4))
             )
-            gradients = {key: array * array.dtype.type(size) for key, array in gradients.items()}
-            for array in gradients.values():
-                array[..., -1] *= last
-
-            def step(part: slice, params: Any = params, gradients: Any = gradients) -> list[Any]:
-                arrays = {key: jnp.asarray(array[..., part]) for key, array in params.items()}
-                slopes = {key: jnp.asarray(array[..., part]) for key, array in gradients.items()}
-                state = optimizer.init(arrays)
-                return jax.tree.leaves(_step(optimizer, slopes, arrays, state))
-
-            whole, *halves = (step(part) for part in (slice(4), slice(2), slice(2, 4)))
-            if any(isinstance(leaf, jax.core.Tracer) for leaf in whole):
-                raise ValueError(
-                    f"{name}: optimizer must hold no traced value; pass a learning rate that is "
-                    "traced through optax.inject_hyperparams, which keeps it in opt_state"
-                )
-            for together, *apart in zip(whole, *halves, strict=True):
-                joined = np.concatenate(apart, axis=-1) if np.ndim(together) else np.array(apart)
-                if not np.allclose(joined, together, rtol=1e-5, equal_nan=True):
-                    return True
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in whole):
+            raise ValueError(
+                f"{name}: optimizer must hold no traced value; pass a learning rate that is "
+                "traced through optax.inject_hyperparams, which keeps it in opt_state"
+            )
+        for together, *apart in zip(whole, *halves, strict=True):
+            joined = np.concatenate(apart, axis=-1) if np.ndim(together) else np.array(apart)
+            if not np.allclose(joined, together, rtol=1e-5, equal_nan=True):
+                return True
     return False
 
 
@@ -399,63 +397,45 @@ def update_pass(
     """The loss of each row, the gradient of the features, and what `columns`, others` become.
 
     `total` sums the gradient of a parameter over the devices that share its labels.
+
+    A chunk is written one turn after it was read, and waits in the loop's carry. So no array is
+    read after it is written in the same turn, which would make XLA copy the whole of it.
     """
     num_labels = operands.kernel.shape[1]
 
-    def one_chunk(columns: Any, start: jax.Array | int, size: int) -> tuple[Any, ...]:
+    def read(columns: Any, start: jax.Array | int) -> Any:
+        return jax.tree.map(lambda array: _linear.columns(array, start, chunk_size), columns)
+
+    def write(columns: Any, part: Any, start: jax.Array | int) -> Any:
+        return jax.tree.map(lambda array, new: _linear.write(array, new, start), columns, part)
+
+    def turn(carry: Any, first: jax.Array) -> tuple[Any, None]:
+        rows, slope, columns, new, written_at, _ = carry
+        columns = write(columns, new, written_at)
+        # The last chunk is as large as the others and starts among labels that are done.
+        start = jnp.minimum(first, num_labels - chunk_size)
+        due = None
+        if num_labels % chunk_size:
+            due = start + jnp.arange(chunk_size, dtype=jnp.int32) >= first
         params = columns[0]
         now = operands._replace(kernel=params["kernel"], bias=params.get("bias"))
-        rows, parts = _linear.chunk_pass(now, loss, True, offset, start, size)
+        more, parts = _linear.chunk_pass(now, loss, True, offset, start, chunk_size, due)
         gradients = {
             argument: total(argument, parts[argument]).astype(_kernels.accumulator(array))
             for argument, array in params.items()
         }
-        step = functools.partial(
-            new_columns, gradients, others=others, key=_key(key, offset + start)
-        )
-        written, new_others = write_columns(columns, step, start, size)
-        return rows, parts["features"], written, new_others
+        old = read(columns, start)
+        new, new_others = new_columns(gradients, old, others, _key(key, offset + start))
+        if due is not None:
+            new = jax.tree.map(lambda after, before: jnp.where(due, after, before), new, old)
+        return (rows + more, slope + parts["features"], columns, new, start, new_others), None
 
-    whole, start = _linear.last_chunk(num_labels, chunk_size)
-    rows, slope, columns, new_others = one_chunk(columns, start, num_labels - start)
-
-    def more(carry: Any, start: jax.Array) -> tuple[Any, None]:
-        rows, slope, columns = carry
-        more_rows, more_slope, columns, _ = one_chunk(columns, start, chunk_size)
-        return (rows + more_rows, slope + more_slope, columns), None
-
-    starts = jnp.arange(whole, dtype=jnp.int32) * chunk_size
-    (rows, slope, columns), _ = jax.lax.scan(more, (rows, slope, columns), starts)
-    return rows, slope, columns, new_others
-
-
-def write_columns(
-    columns: Any, step: Callable[..., Any], start: jax.Array | int, size: int
-) -> tuple[Any, Any]:
-    """Every array of `columns` with `size` columns from `start` after a step, written in place.
-
-    XLA copies an array whose slice may still be read after the array is written. So each array has
-    its own step, of slices whose start depends on the array that was written before, where the
-    compiler for CPUs needs that; elsewhere the steps are one.
-    """
-    arrays, structure = jax.tree.flatten(columns)
-    old = [_linear.columns(array, start, size) for array in arrays]
-    written: list[jax.Array] = []
-    at = start
-    for i, array in enumerate(arrays):
-        unwritten = [_linear.columns(each, at, size) for each in arrays[i:]]
-        new, others = step(jax.tree.unflatten(structure, [*old[:i], *unwritten]))
-        written.append(_linear.write(array, jax.tree.leaves(new)[i], start))
-        at = start + _nothing(written[-1], start)
-    return jax.tree.unflatten(structure, written), others
-
-
-def _nothing(array: jax.Array, start: jax.Array | int) -> jax.Array:
-    """0, which on a CPU is known only once the column at `start` is written."""
-    one = jnp.ravel(_linear.columns(array, start, 1))[0]
-    zero: jax.Array = jax.lax.platform_dependent(
-        (one != one).astype(jnp.int32),
-        cpu=lambda unknown: unknown >> 1,
-        default=lambda unknown: unknown * 0,
-    )
-    return zero
+    batch, width = operands.features.shape
+    dtype = _kernels.accumulator(operands.features)
+    sums = jnp.zeros(batch, dtype), jnp.zeros((batch, width), dtype)
+    (rows, slope), _ = _placement.vary_together((sums, operands))
+    firsts = jnp.arange(-(-num_labels // chunk_size), dtype=jnp.int32) * chunk_size
+    start = firsts[0]
+    carry = rows, slope, columns, read(columns, start), start, others
+    (rows, slope, columns, new, start, others), _ = jax.lax.scan(turn, carry, firsts)
+    return rows, slope, write(columns, new, start), others

@@ -20,11 +20,10 @@ from jaxbce._losses import (
 )
 from jaxbce._module import BCEWithLogitsLoss
 from jaxbce._siglip import siglip_loss
-from jaxbce._update import LinearUpdate, linear_update
+from jaxbce._update import linear_update
 
 __all__ = [
     "BCEWithLogitsLoss",
-    "LinearUpdate",
     "asymmetric_loss",
     "balanced_pos_weight",
     "bce",

@@ -437,9 +437,7 @@ def prepare(
         where = jnp.broadcast_to(where, (*rows, where.shape[-1]))
         where = where.reshape(math.prod(rows), where.shape[-1])
     if ignored is not None:
-        ignored = _checks.positives(
-            name, ignored, num_labels, argument="ignored", rows_of=rows_of
-        )
+        ignored = _checks.positives(name, ignored, num_labels, argument="ignored", rows_of=rows_of)
         ignored = ignored.reshape(batch, ignored.shape[-1])
     kept = _kept_labels(where, ignored, batch, num_labels, dtype)
 

@@ -176,7 +176,7 @@ def chunk_pass(
         # A column that no row keeps may hold NaN, which a product with 0 would let through.
         chunk["kernel"] = jnp.where(jnp.any(keep, axis=0)[None], chunk["kernel"], 0)
     logits, kernel = chunk_logits(operands.features, chunk["kernel"], chunk["bias"])
-    signs, elements = None, {"logits": logits}
+    signs, elements = None, dict[str, Any](logits=logits)
     if operands.positives is not None:
         signs = mark(operands.positives, offset + start, size, -1).astype(logits.dtype)
     else:
@@ -205,7 +205,7 @@ def chunk_pass(
     counts = scale != 0 if keep is None else (scale != 0) & keep
     slopes = jax.tree.map(lambda slope: jnp.where(counts, slope, 0), slopes)
     slope = slopes["logits"].astype(kernel.dtype)
-    gradients = {
+    gradients: Gradients = {
         "features": product(slope, kernel, 1, 1),
         "kernel": product(operands.features, slope, 0, 0),
     }

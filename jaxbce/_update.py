@@ -23,21 +23,10 @@ class Optimizer(Protocol):
 
 
 class LinearUpdate(NamedTuple):
-    """What `linear_update` returns.
-
-    Use it as the result of a step: the new parameters and state go into the next one.
-
-    Formula: loss and features_gradient are those before the update.
-
-    Args:
-      loss: the loss, a scalar.
-      features_gradient: its gradient with respect to the features, [..., D], in their dtype.
-      params: the new parameters, as they were given.
-      opt_state: the new state of the optimizer, as it was given.
-    """
+    """What `linear_update` returns: loss and gradient are those before the step."""
 
     loss: jax.Array
-    features_gradient: jax.Array
+    features_gradient: jax.Array  # [..., D], in the dtype of the features
     params: dict[str, jax.Array]
     opt_state: Any
 
@@ -226,7 +215,8 @@ def _layout(name: str, optimizer: Any, params: Any, opt_state: Any) -> Layout:
     own, wider = state_with(0), state_with(1)
     expected = [leaf.shape for leaf in jax.tree.leaves(own)]
     got = [jnp.shape(leaf) for leaf in jax.tree.leaves(opt_state)]
-    if jax.tree.structure(opt_state) != jax.tree.structure(own) or got != expected:
+    structures: list[Any] = [jax.tree.structure(opt_state), jax.tree.structure(own)]
+    if structures[0] != structures[1] or got != expected:
         raise ValueError(
             f"{name}: opt_state must be optimizer.init(params), with arrays of shapes {expected}, "
             f"got {got}"
@@ -242,7 +232,7 @@ def _layout(name: str, optimizer: Any, params: Any, opt_state: Any) -> Layout:
             f"{name}: optimizer keeps state of shape {mixed}, which is not one column or number "
             "for each label; use one that treats elements independently, as optax.adam does"
         )
-    dtypes = tuple((argument, array.dtype) for argument, array in arrays.items())
+    dtypes = tuple((argument, _kernels.accumulator(array)) for argument, array in arrays.items())
     if _mixes(name, optimizer, dtypes):
         raise ValueError(
             f"{name}: optimizer treats elements together, as clipping by a global norm and trust "
@@ -268,8 +258,7 @@ def _mixes(name: str, optimizer: Any, dtypes: tuple[tuple[str, Any], ...]) -> bo
 
     def draw() -> dict[str, Any]:
         return {
-            argument: rng.normal(size=shapes[argument]).astype(_kernels.accumulator(np.zeros(0, dtype)))
-            for argument, dtype in dtypes
+            argument: rng.normal(size=shapes[argument]).astype(dtype) for argument, dtype in dtypes
         }
 
     @jax.jit
@@ -277,7 +266,7 @@ def _mixes(name: str, optimizer: Any, dtypes: tuple[tuple[str, Any], ...]) -> bo
         return jax.tree.leaves(_step(optimizer, gradients, params, optimizer.init(params)))
 
     for size, last in ((1.0, 1.0), (1e15, 1.0), (1.0, np.nan)):
-        factors = np.float32([size, size, size, size * last])
+        factors = np.array([size, size, size, size * last], np.float32)
         params, gradients = draw(), {key: slope * factors for key, slope in draw().items()}
         with jax.ensure_compile_time_eval():
             whole, *halves = (
@@ -296,16 +285,15 @@ def _mixes(name: str, optimizer: Any, dtypes: tuple[tuple[str, Any], ...]) -> bo
     return False
 
 
-def _specs(features: Any, kernel: Any, bias: Any, *others: Any, **_: Any) -> LinearUpdate:
+def _specs(features: Any, kernel: Any, bias: Any, *others: Any, **_: Any) -> Any:
     """The results are sharded as what they replace."""
     own: Any = jax.tree.map(_placement.common_spec, (features, kernel, bias, others[-2]))
     params = {"kernel": own[1]} | ({} if bias is None else {"bias": own[2]})
-    return LinearUpdate(PartitionSpec(), own[0], params, own[3])
+    specs: tuple[Any, ...] = (PartitionSpec(), own[0], params, own[3])
+    return LinearUpdate(*specs)
 
 
-@_placement.compiled(
-    "name", "reduction", "loss", "optimizer", "layout", "devices", result=_specs
-)
+@_placement.compiled("name", "reduction", "loss", "optimizer", "layout", "devices", result=_specs)
 def _update(
     *arrays: Any,
     name: str,
@@ -316,7 +304,7 @@ def _update(
     devices: _sharding.Devices,
 ) -> LinearUpdate:
     *given, opt_state, key = arrays
-    lead, operands, _ = _head.prepare(*given, name=name, reduction=reduction)
+    _, operands, _ = _head.prepare(*given, name=name, reduction=reduction)
     params = {"kernel": operands.kernel}
     if operands.bias is not None:
         params["bias"] = operands.bias

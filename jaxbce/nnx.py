@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 import jaxbce
@@ -17,10 +18,11 @@ class MultiLabelHead(nnx.Module):
     """The last layer of a classifier with very many labels, with its loss and its top labels.
 
     Use it in place of `flax.nnx.Linear` as the output layer of a multi-label model. Train with
-    `head.loss` and predict with `head.top_k`: neither holds the [batch, labels] logits.
+    `head.loss`, or with `head.update` where the gradient of the kernel has no room, and predict
+    with `head.top_k`: none holds the [batch, labels] logits.
 
-    Formula: logits = features @ kernel + bias; the loss and the top labels are those of
-    `linear_bce_with_logits` and `linear_top_k`.
+    Formula: logits = features @ kernel + bias; the loss, the step and the top labels are those of
+    `linear_bce_with_logits`, `linear_update` and `linear_top_k`.
 
     Args:
       in_features: the width D of the features.
@@ -33,6 +35,10 @@ class MultiLabelHead(nnx.Module):
       dtype: in which features and kernel are multiplied; None promotes theirs.
       param_dtype: of kernel and bias.
       chunk_size: number of labels at a time, as in `linear_bce_with_logits`; None chooses.
+      mesh: devices to share the work of the methods; None uses one.
+      batch_axis: axis of the mesh over which the rows are sharded; None replicates them.
+      label_axis: axis of the mesh over which kernel and bias are sharded, from their creation on;
+        None replicates them.
       rngs: source of the key of the kernel.
 
     Returns:
@@ -72,6 +78,9 @@ class MultiLabelHead(nnx.Module):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         chunk_size: int | None = None,
+        mesh: Mesh | None = None,
+        batch_axis: str | tuple[str, ...] | None = None,
+        label_axis: str | tuple[str, ...] | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         if prior is not None and not use_bias:
@@ -80,9 +89,25 @@ class MultiLabelHead(nnx.Module):
         self.num_labels = num_labels
         self.dtype = dtype
         self.chunk_size = chunk_size
-        shape = (in_features, num_labels)
-        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
-        self.bias = nnx.Param(_bias(prior, num_labels, param_dtype)) if use_bias else None
+        self.mesh = mesh
+        self.batch_axis = batch_axis
+        self.label_axis = label_axis
+
+        def created(make: Callable[..., jax.Array], *args: Any) -> nnx.Param[jax.Array]:
+            """A parameter that is made where it belongs."""
+            if mesh is None:
+                return nnx.Param(make(*args))
+            columns = (None, label_axis) if make is new_kernel else (label_axis,)
+            where = NamedSharding(mesh, PartitionSpec(*columns))
+            return nnx.Param(jax.jit(make, out_shardings=where)(*args))
+
+        def new_kernel(key: jax.Array) -> jax.Array:
+            kernel: jax.Array = kernel_init(key, (in_features, num_labels), param_dtype)
+            return kernel
+
+        self.kernel = created(new_kernel, rngs.params())
+        rate = _rate(prior, num_labels, param_dtype)
+        self.bias = created(lambda: _bias(rate, num_labels, param_dtype)) if use_bias else None
 
     def __call__(self, features: ArrayLike) -> jax.Array:
         """The logits features @ kernel + bias, [..., L]: where there is room for them."""
@@ -102,6 +127,8 @@ class MultiLabelHead(nnx.Module):
         weight: ArrayLike | None = None,
         pos_weight: ArrayLike | None = None,
         label_smoothing: ArrayLike = 0.0,
+        where: ArrayLike | None = None,
+        ignored: ArrayLike | None = None,
         reduction: str = "mean",
     ) -> jax.Array:
         """The loss of the logits, which are not held.
@@ -116,34 +143,86 @@ class MultiLabelHead(nnx.Module):
             weight=weight,
             pos_weight=pos_weight,
             label_smoothing=label_smoothing,
+            where=where,
+            ignored=ignored,
             reduction=reduction,
-            chunk_size=self.chunk_size,
+            **self._devices(),
         )
+
+    def update(
+        self, optimizer: nnx.Optimizer[Any], features: ArrayLike, **options: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """One step of the optimizer on the parameters, whose gradients are not held.
+
+        The optimizer is an `nnx.Optimizer` of this head, `nnx.Optimizer(head, optax.adam(1e-3),
+        wrt=nnx.Param)`; other options are those of `linear_update`. Kernel and optimizer change in
+        place. Returns the loss and its gradient with respect to the features, before the step;
+        products are in the dtype that features and parameters promote to.
+        """
+        params = {"kernel": self.kernel[...]}
+        if self.bias is not None:
+            params["bias"] = self.bias[...]
+        state = jax.tree.leaves(optimizer.opt_state, is_leaf=_is_variable)
+        expected = jax.eval_shape(optimizer.tx.init, params)
+        if len(jax.tree.leaves(expected)) != len(state):
+            raise ValueError(
+                "MultiLabelHead: optimizer must be one of this head alone, "
+                "flax.nnx.Optimizer(head, tx, wrt=flax.nnx.Param)"
+            )
+        step = jaxbce.linear_update(
+            optimizer.tx,
+            self._checked(features),
+            params,
+            jax.tree.unflatten(jax.tree.structure(expected), [leaf[...] for leaf in state]),
+            **options,
+            **self._devices(),
+        )
+        self.kernel[...] = step.params["kernel"]
+        if self.bias is not None:
+            self.bias[...] = step.params["bias"]
+        for variable, value in zip(state, jax.tree.leaves(step.opt_state), strict=True):
+            variable[...] = value
+        optimizer.step[...] += 1
+        return step.loss, step.features_gradient
 
     def top_k(self, features: ArrayLike, k: int) -> tuple[jax.Array, jax.Array]:
         """The k highest logits and their labels, both [..., k], highest first.
 
         Arguments and result are those of `linear_top_k`: features [..., D], and k in [1, L].
         """
-        return jaxbce.linear_top_k(*self._operands(features), k=k, chunk_size=self.chunk_size)
+        return jaxbce.linear_top_k(*self._operands(features), k=k, **self._devices())
+
+    def _devices(self) -> dict[str, Any]:
+        """What the functions of the head are told of chunks and devices."""
+        names = ("chunk_size", "mesh", "batch_axis", "label_axis")
+        return {name: getattr(self, name) for name in names}
 
     def _operands(self, features: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """Features and kernel in the dtype of their product, and the bias."""
-        features, kernel = jnp.asarray(features), self.kernel[...]
-        if features.shape[-1:] != (self.in_features,):
-            raise ValueError(
-                f"MultiLabelHead: features must have shape (..., {self.in_features}), got "
-                f"{features.shape}"
-            )
+        features, kernel = self._checked(features), self.kernel[...]
         with jax.numpy_dtype_promotion("standard"):  # a user's own setting may refuse it
             dtype = self.dtype or jnp.promote_types(features.dtype, kernel.dtype)
         bias = None if self.bias is None else self.bias[...]
         return features.astype(dtype), kernel.astype(dtype), bias
 
+    def _checked(self, features: ArrayLike) -> jax.Array:
+        features = jnp.asarray(features)
+        if features.shape[-1:] != (self.in_features,):
+            raise ValueError(
+                f"MultiLabelHead: features must have shape (..., {self.in_features}), got "
+                f"{features.shape}"
+            )
+        return features
 
-def _bias(prior: ArrayLike | None, num_labels: int, dtype: DTypeLike) -> jax.Array:
+
+def _is_variable(value: Any) -> bool:
+    return isinstance(value, nnx.Variable)
+
+
+def _rate(prior: ArrayLike | None, num_labels: int, dtype: DTypeLike) -> jax.Array | None:
+    """The base rate of the labels, in the dtype in which its logit is computed."""
     if prior is None:
-        return jnp.zeros(num_labels, dtype)
+        return None
     rate = jnp.asarray(prior, jnp.float64 if dtype == jnp.float64 else jnp.float32)
     if rate.shape not in ((), (num_labels,)):
         raise ValueError(
@@ -155,4 +234,10 @@ def _bias(prior: ArrayLike | None, num_labels: int, dtype: DTypeLike) -> jax.Arr
             f"MultiLabelHead: prior must be in (0, 1), got {jnp.min(rate)} to {jnp.max(rate)}; "
             "base rates without 0 and 1 are jax.nn.sigmoid(jaxbce.prior_bias(labels))"
         )
+    return rate
+
+
+def _bias(rate: jax.Array | None, num_labels: int, dtype: DTypeLike) -> jax.Array:
+    if rate is None:
+        return jnp.zeros(num_labels, dtype)
     return jnp.broadcast_to(jnp.log(rate) - jnp.log1p(-rate), num_labels).astype(dtype)

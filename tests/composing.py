@@ -80,7 +80,7 @@ def dense_logits(arguments):
     return logits + arguments["bias"][None] if "bias" in arguments else logits
 
 
-def dense_head(arguments, reduction="mean"):
+def dense_head(arguments, reduction="mean", formula=bce_with_logits, parameter="pos_weight"):
     """Its "none" is one loss per row."""
     logits = dense_logits(arguments)
     labels = arguments.get("labels")
@@ -88,11 +88,14 @@ def dense_head(arguments, reduction="mean"):
         labels = jax.nn.one_hot(arguments["positives"], logits.shape[-1], dtype=logits.dtype)
         labels = labels.max(-2)
     labels = smoothed(labels, arguments.get("label_smoothing", 0.0))
-    loss = bce_with_logits(
-        logits, labels, jnp.broadcast_to(arguments.get("pos_weight", 1.0), logits.shape)
-    )
-    loss = loss * jnp.expand_dims(arguments.get("weight", jnp.ones_like(loss[:, 0])), 1)
-    return loss.sum(-1) if reduction == "none" else reduced(loss, reduction=reduction)
+    loss = formula(logits, labels, jnp.broadcast_to(arguments.get(parameter, 1.0), logits.shape))
+    weight = jnp.expand_dims(arguments.get("weight", jnp.ones_like(loss[:, 0])), 1)
+    keep = jnp.broadcast_to(arguments.get("where", True), loss.shape)
+    if "ignored" in arguments:
+        ids = jnp.arange(loss.shape[-1], dtype=arguments["ignored"].dtype)
+        keep &= ~(arguments["ignored"][..., None] == ids).any(-2)
+    loss = jnp.where(keep, loss * weight, 0)
+    return loss.sum(-1) if reduction == "none" else reduced(loss, weight, keep, None, reduction)
 
 
 def dense_pairs(arguments):
@@ -159,6 +162,9 @@ def draw_head(rng, rows=ROWS, labels=LABELS, names=()):
         "weight": rng.uniform(0.5, 2, rows),
         "pos_weight": rng.uniform(0.5, 2, labels),
         "label_smoothing": np.array(0.1),
+        "margin": rng.uniform(-1, 1, labels),
+        "where": rng.random((rows, labels)) < 0.7,
+        "ignored": rng.integers(-2, labels, (rows, 2)).clip(-1).astype(np.int32),
     }
     return in_float32({name: drawn[name] for name in (*LAYER, *names)})
 
@@ -169,6 +175,24 @@ def linear(name, names, reduction="mean", chunk_size=4):
 
     dense = functools.partial(dense_head, reduction=reduction)
     return Case(f"head-{name}-{reduction}", ours, dense, draw_of(*names), LAYER)
+
+
+def with_margin(x, y, margin):
+    return bce_with_logits(x - y * margin, y)
+
+
+def own_loss(arguments, *, reduction="none", chunk_size=4, **devices):
+    given = dict(arguments)
+    layer = [given.pop(name) for name in ("features", "kernel", "bias")]
+    margins = (given.pop("margin"),)
+    options = {"reduction": reduction, "chunk_size": chunk_size, **devices}
+    return jaxbce.linear_loss(
+        lambda x, y, m: with_margin(x, y, jnp.broadcast_to(m, x.shape)),
+        *layer,
+        per_label=margins,
+        **given,
+        **options,
+    )
 
 
 def draw_of(*names):
@@ -225,8 +249,14 @@ ELEMENTWISE = [
     )
 ]
 PLAIN = linear("plain", ["positives"])
-OPTIONAL = linear("options", [*OPTIONS, "positives"])
-SOFT = linear("soft labels", [*OPTIONS, "labels"], "none")
+OPTIONAL = linear("options", [*OPTIONS, "where", "ignored", "positives"])
+SOFT = Case(
+    "linear_loss-soft labels-none",
+    own_loss,
+    functools.partial(dense_head, reduction="none", formula=with_margin, parameter="margin"),
+    draw_of("bias", "weight", "margin", "labels"),
+    LAYER,
+)
 SIGLIP = Case(
     "siglip_loss", pairs, dense_pairs, draw_pairs, ("image_embeddings", "text_embeddings")
 )

@@ -30,6 +30,7 @@ IMPORTS = {
     "_sharding": {"_checks", "_linear"},
     "_head": {"_checks", "_kernels", "_reduce", "_linear", "_placement", "_sharding"},
     "_siglip": {"_checks", "_kernels", "_reduce", "_linear", "_placement", "_sharding"},
+    "_update": {"_checks", "_head", "_kernels", "_linear", "_placement", "_reduce", "_sharding"},
     "_module": {"_losses", "_checks", "_reduce"},
     "__init__": {
         "_checks",
@@ -40,6 +41,7 @@ IMPORTS = {
         "_losses",
         "_module",
         "_siglip",
+        "_update",
     },
     "nnx": set(),
 }

@@ -1,0 +1,258 @@
+"""The chunked head with masks, and with any elementwise loss, against plain jnp in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from composing import LABELS, ROWS, WIDTH, dense_head, draw_head, own_loss, with_margin
+from heads import assert_close, head, value_and_gradients
+from test_linear import in_float64, lowered
+
+import jaxbce
+
+REDUCTIONS = ["mean", "weighted_mean", "sum", "batchmean", "none"]
+every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
+
+
+def masks(rng):
+    """Each kind, with a row and a label of which nothing is kept where it can say so."""
+    where = rng.random((ROWS, LABELS)) < 0.6
+    where[1], where[:, 2] = False, False
+    ignored = np.array([[2, 5, 2, -1], [*range(3), LABELS], [-7, 2**31 - 1, 6, 0]], np.int32)
+    return {
+        "where": {"where": where},
+        "labels": {"where": where[0]},
+        "rows": {"where": where[:, :1]},
+        "one": {"where": np.array(False)},
+        "ignored": {"ignored": ignored},
+        "where and ignored": {"where": where, "ignored": ignored},
+        "labels and ignored": {"where": where[0], "ignored": ignored},
+        "all ignored": {"ignored": np.tile(np.arange(LABELS, dtype=np.int32), (ROWS, 1))},
+    }
+
+
+MASKS = list(masks(np.random.default_rng(0)))
+CASES = [(mask, "mean") for mask in MASKS]
+CASES += [("where and ignored", reduction) for reduction in REDUCTIONS[1:]]
+
+
+@pytest.mark.parametrize(("mask", "reduction"), CASES, ids=[f"{m}-{r}" for m, r in CASES])
+def test_what_is_masked_is_left_out(mask, reduction, rng):
+    names = ("bias", "weight", "pos_weight", "label_smoothing", "positives")
+    arguments = draw_head(rng, names=names) | masks(rng)[mask]
+    cotangent = rng.normal(size=ROWS) if reduction == "none" else np.float64(-1.7)
+    loss = functools.partial(head, reduction=reduction, chunk_size=3)
+    expected = in_float64(functools.partial(dense_head, reduction=reduction), arguments, cotangent)
+    assert_close(value_and_gradients(loss, arguments, cotangent), expected, 2e-6)
+
+
+def test_leading_axes_of_a_mask_are_those_of_the_features(rng):
+    shape = (2, 3)
+    features, kernel = rng.normal(size=(*shape, WIDTH)), rng.normal(size=(WIDTH, LABELS))
+    positives, ignored = rng.integers(0, LABELS, (2, *shape, 2))
+    for where in (rng.random((3, 1)) < 0.5, rng.random((2, 1, LABELS)) < 0.5):
+        options = {"positives": positives, "ignored": ignored, "where": where}
+        got = jaxbce.linear_bce_with_logits(
+            np.float32(features), np.float32(kernel), **options, reduction="batchmean"
+        )
+        keep = np.broadcast_to(where, (*shape, LABELS)) & ~np.bool(
+            jaxbce.multi_hot(ignored, LABELS)
+        )
+        expected = jaxbce.bce_with_logits(
+            np.float32(features @ kernel),
+            jaxbce.multi_hot(positives, LABELS),
+            where=keep,
+            reduction="batchmean",
+        )
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_garbage_behind_a_mask_reaches_no_gradient(rng):
+    """A row and a label that nothing keeps, in every argument that they have a part in."""
+    names = ("bias", "weight", "pos_weight", "labels")
+    clean = draw_head(rng, names=names) | masks(rng)["where and ignored"]
+    dirty = dict(clean)
+    for name, place in {
+        "features": (1,),
+        "weight": (1,),
+        "kernel": (slice(None), 2),
+        "bias": (2,),
+        "pos_weight": (2,),
+        "labels": (slice(None), 2),
+    }.items():
+        clean[name] = clean[name].at[place].set(0)
+        dirty[name] = dirty[name].at[place].set(jnp.nan)
+    got, expected = (
+        value_and_gradients(functools.partial(head, chunk_size=3), given)
+        for given in (dirty, clean)
+    )
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_checked_ignores_what_is_masked(rng):
+    arguments = draw_head(rng, names=("labels",))
+    arguments["labels"] = arguments["labels"].at[1, 2].set(7)
+    check = jaxbce.checked(head)
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 1\], got 7"):
+        check(arguments)
+    check(arguments | {"ignored": np.array([[0], [2], [-1]])})
+    check(arguments | {"where": np.arange(LABELS) != 2})
+    with pytest.raises(ValueError, match=r"ignored must be in .* got 9"):
+        check(arguments | {"ignored": np.array([[0], [9], [-1]])})
+
+
+def test_ignored_holds_nothing_of_the_size_of_the_labels():
+    batch, chunk_size = 256, 4096
+
+    def gradients(features, kernel, bias, positives):
+        def loss(features, kernel, bias):
+            return jaxbce.linear_bce_with_logits(
+                features,
+                kernel,
+                bias,
+                positives=positives,
+                ignored=positives,
+                chunk_size=chunk_size,
+            )
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2))(features, kernel, bias)
+
+    small, large = (
+        lowered(gradients, batch, num_labels=labels).compile().memory_analysis().temp_size_in_bytes
+        for labels in (131_072, 1_048_576)
+    )
+    assert small <= 6 * batch * chunk_size * 4
+    assert abs(large - small) <= 4 * 2**20
+
+
+# --- any loss ------------------------------------------------------------------------------------
+
+
+def of_jaxbce(fn, **options):
+    return functools.partial(fn, reduction="none", **options)
+
+
+LOSSES = {
+    "bce": of_jaxbce(jaxbce.bce_with_logits, label_smoothing=0.1),
+    "focal": of_jaxbce(jaxbce.focal_loss, gamma=1.5, alpha=0.25),
+    "asymmetric": of_jaxbce(jaxbce.asymmetric_loss),
+    "optax": optax.sigmoid_binary_cross_entropy,
+    "hinge": lambda logits, labels: jnp.maximum(0, 1 - (2 * labels - 1) * logits),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_any_loss_is_that_of_the_logits(loss, rng):
+    arguments = draw_head(rng, names=("bias", "weight", "positives"))
+
+    def ours(arguments):
+        given = dict(arguments)
+        layer = [given.pop(name) for name in ("features", "kernel", "bias")]
+        return jaxbce.linear_loss(loss, *layer, **given, chunk_size=3)
+
+    def dense(arguments):
+        given = {name: value for name, value in arguments.items() if name != "bias"}
+        given["kernel"] = jnp.concatenate([given["kernel"], arguments["bias"][None]])
+        ones = jnp.ones_like(given["features"][:, :1])
+        given["features"] = jnp.concatenate([given["features"], ones], axis=1)
+        return dense_head(given, formula=lambda x, y, _: loss(x, y))
+
+    assert_close(value_and_gradients(ours, arguments), value_and_gradients(dense, arguments), 2e-6)
+
+
+@every_reduction
+def test_numbers_per_label_have_gradients(reduction, rng):
+    names = ("bias", "weight", "margin", "positives")
+    arguments = draw_head(rng, names=names) | masks(rng)["where and ignored"]
+    cotangent = rng.normal(size=ROWS) if reduction == "none" else np.float64(0.3)
+    dense = functools.partial(
+        dense_head, reduction=reduction, formula=with_margin, parameter="margin"
+    )
+    got = value_and_gradients(
+        functools.partial(own_loss, reduction=reduction), arguments, cotangent
+    )
+    assert_close(got, in_float64(dense, arguments, cotangent), 2e-6)
+
+
+def test_the_loss_sees_a_chunk_in_the_dtype_of_the_result(rng):
+    arguments = draw_head(rng, names=("positives", "margin"))
+    margin = arguments.pop("margin")
+    seen = set()
+
+    def loss(logits, labels, margin):
+        seen.add((*(str(x.dtype) for x in (logits, labels, margin)), logits.shape == labels.shape))
+        return logits * labels + margin[None]
+
+    features, kernel = (arguments[name].astype(jnp.bfloat16) for name in ("features", "kernel"))
+    for chunk_size in (2, 3):
+        jaxbce.linear_loss(
+            loss,
+            features,
+            kernel,
+            positives=arguments["positives"],
+            per_label=(margin.astype(jnp.bfloat16),),
+            chunk_size=chunk_size,
+        )
+    assert seen == {("float32", "float32", "float32", True)}
+
+
+BAD = {
+    "a mean": (
+        jaxbce.focal_loss,
+        (),
+        ValueError,
+        r"one number per logit, of shape \(2, 3\) .*none",
+    ),
+    "integers": (lambda x, y: x > y, (), TypeError, "loss must return floats, got bool"),
+    "no function": ("bce", (), TypeError, r"loss must be a function of \(logits, labels"),
+    "an array": (
+        LOSSES["bce"],
+        np.ones(3),
+        TypeError,
+        r"must be a tuple of arrays.*\(per_label,\)",
+    ),
+    "its shape": (
+        lambda x, y, m: x,
+        (np.ones(3),),
+        ValueError,
+        r"per_label\[0\] must have shape \(labels,\) = \(7,\), got \(3,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("loss", "per_label", "error", "message"), BAD.values(), ids=BAD)
+def test_errors_of_the_loss(loss, per_label, error, message, rng):
+    drawn = draw_head(rng, names=("positives",))
+    layer = drawn.pop("features"), drawn.pop("kernel")
+    with pytest.raises(error, match=f"linear_loss: .*{message}"):
+        jaxbce.linear_loss(loss, *layer, per_label=per_label, **drawn)
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.grad], ids=["jit", "grad"])
+def test_a_loss_that_holds_a_traced_value_is_refused(transform, rng):
+    """Its gradient would be lost, or the value of another call used."""
+    drawn = draw_head(rng, names=("positives",))
+    layer = drawn.pop("features"), drawn.pop("kernel")
+
+    def program(scale):
+        return jaxbce.linear_loss(lambda x, y: scale * (x - y) ** 2, *layer, **drawn)
+
+    with pytest.raises(ValueError, match=r"must hold no traced value.*jax.numpy.full\(labels"):
+        transform(program)(2.0)
+
+
+MASK_ERRORS = {
+    "floats": ({"where": np.ones(LABELS)}, TypeError, "where must be bool"),
+    "where": ({"where": np.ones(3, bool)}, ValueError, r"where of shape \(3,\) does not broadcast"),
+    "rows": ({"ignored": np.ones((2, 1), int)}, ValueError, "ignored must have shape .* features"),
+    "ids": ({"ignored": np.ones((ROWS, 1))}, TypeError, "ignored must be integer label ids"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), MASK_ERRORS.values(), ids=MASK_ERRORS)
+def test_errors_of_masks(options, error, message, rng):
+    with pytest.raises(error, match=f"linear_bce_with_logits: {message}"):
+        head(draw_head(rng, names=("positives",)) | options)

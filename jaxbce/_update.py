@@ -243,7 +243,8 @@ def _layout(name: str, optimizer: Any, params: Any, opt_state: Any) -> Layout:
 
 
 def _step(optimizer: Any, gradients: Any, params: Any, state: Any) -> tuple[Any, Any]:
-    updates, state = optimizer.update(gradients, state, params)
+    with jax.numpy_dtype_promotion("standard"):  # a user's own setting may refuse what optax does
+        updates, state = optimizer.update(gradients, state, params)
     return jax.tree.map(jnp.add, params, updates), state
 
 

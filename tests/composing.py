@@ -92,8 +92,7 @@ def dense_head(arguments, reduction="mean", formula=bce_with_logits, parameter="
     weight = jnp.expand_dims(arguments.get("weight", jnp.ones_like(loss[:, 0])), 1)
     keep = jnp.broadcast_to(arguments.get("where", True), loss.shape)
     if "ignored" in arguments:
-        ids = jnp.arange(loss.shape[-1], dtype=arguments["ignored"].dtype)
-        keep &= ~(arguments["ignored"][..., None] == ids).any(-2)
+        keep &= jax.nn.one_hot(arguments["ignored"], loss.shape[-1]).max(-2) == 0
     loss = jnp.where(keep, loss * weight, 0)
     return loss.sum(-1) if reduction == "none" else reduced(loss, weight, keep, None, reduction)
 

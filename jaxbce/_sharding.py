@@ -1,12 +1,22 @@
 """The head on a mesh: each device makes its own pass over its own labels and rows."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from jaxbce import _checks, _linear
+from jaxbce import _checks, _linear, _placement
+
+Axis = str | tuple[str, ...] | None  # of a mesh; in a tuple the last is the finest
+
+
+def _names(axis: Axis) -> tuple[str, ...]:
+    return axis if isinstance(axis, tuple) else () if axis is None else (axis,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,8 +24,8 @@ class OnMesh(_linear.OneDevice):
     """A pass over labels sharded over `label_axis` and rows sharded over `batch_axis`."""
 
     mesh: Mesh
-    batch_axis: str | None
-    label_axis: str | None
+    batch_axis: Axis
+    label_axis: Axis
 
     def specs(self) -> dict[str, Any]:
         batch, label = self.batch_axis, self.label_axis
@@ -30,6 +40,23 @@ class OnMesh(_linear.OneDevice):
             "scale": PartitionSpec(batch),
         }
 
+    def shard(self, local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+        """`jax.shard_map` over the whole mesh, or over what another one around it leaves."""
+        manual = _placement.manual_axes()
+        return jax.shard_map(
+            local,
+            mesh=jax.sharding.get_abstract_mesh() if manual else self.mesh,
+            axis_names=set(self.mesh.axis_names) - set(manual),
+            in_specs=in_specs,
+            out_specs=out_specs,
+        )
+
+    def offset(self, kernel: jax.Array) -> jax.Array | int:
+        """The id of the first label of a device."""
+        if self.label_axis is None:
+            return 0
+        return jax.lax.axis_index(self.label_axis) * kernel.shape[1]
+
     def run(
         self, operands: _linear.Operands, with_gradients: bool
     ) -> tuple[jax.Array, _linear.Gradients]:
@@ -37,44 +64,125 @@ class OnMesh(_linear.OneDevice):
         given: list[Any] = [
             None if array is None else specs[name] for name, array in operands._asdict().items()
         ]
-        row_spec = specs["scale"]
         names = _linear.differentiable(operands) if with_gradients else ()
-        gradient_specs = {name: specs[name] for name in names}
-
-        def total(part: jax.Array, spec: PartitionSpec) -> jax.Array:
-            """The sum over the axes of the mesh that split the work but not the result."""
-            axes = {self.batch_axis, self.label_axis} - {None, *spec}
-            return jax.lax.psum(part, tuple(axes)) if axes else part
 
         def local(operands: _linear.Operands) -> tuple[jax.Array, _linear.Gradients]:
-            shard = 0 if self.label_axis is None else jax.lax.axis_index(self.label_axis)
-            offset = shard * operands.kernel.shape[1]
-            rows, gradients = _linear.full_pass(operands, with_gradients, self.chunk_size, offset)
-            totals = {name: total(part, specs[name]) for name, part in gradients.items()}
-            return total(rows, row_spec), totals
+            return self.local(operands, with_gradients)
 
-        run: Any = jax.shard_map(
+        run = self.shard(
             local,
-            mesh=self.mesh,
-            in_specs=(_linear.Operands(*given),),
-            out_specs=(row_spec, gradient_specs),
+            (_linear.Operands(*given),),
+            (specs["scale"], {name: specs[name] for name in names}),
         )
         result: tuple[jax.Array, _linear.Gradients] = run(operands)
         return result
 
+    def local(
+        self, operands: _linear.Operands, with_gradients: bool
+    ) -> tuple[jax.Array, _linear.Gradients]:
+        """The pass of one device, summed over all that share its result."""
+        specs = self.specs()
+
+        def total(part: jax.Array, spec: PartitionSpec) -> jax.Array:
+            """The sum over the axes of the mesh that split the work but not the result."""
+            axes = [axis for axis in (self.batch_axis, self.label_axis) if axis not in spec]
+            names = sum(map(_names, axes), ())
+            return jax.lax.psum(part, names) if names else part
+
+        offset = self.offset(operands.kernel)
+        rows, gradients = _linear.full_pass(operands, with_gradients, self.chunk_size, offset)
+        totals = {name: total(part, specs[name]) for name, part in gradients.items()}
+        return total(rows, specs["scale"]), totals
+
+    def top_k(
+        self, features: jax.Array, kernel: jax.Array, bias: jax.Array | None, k: int
+    ) -> _linear.Candidates:
+        """The best of the candidates that each device finds among its own labels."""
+        specs = self.specs()
+
+        def find(
+            features: jax.Array, kernel: jax.Array, bias: jax.Array | None
+        ) -> _linear.Candidates:
+            most = min(k, kernel.shape[1])
+            values, ids = _linear.top_k_pass(features, kernel, bias, most, self.chunk_size)
+            return values, ids + self.offset(kernel)
+
+        def choose(values: jax.Array, ids: jax.Array) -> _linear.Candidates:
+            return _linear.best(values, ids, k)
+
+        layer = specs["features"], specs["kernel"], None if bias is None else specs["bias"]
+        found, gathered = specs["labels"], specs["features"]
+        # The candidates are gathered on the way from one to the other. What `jax.lax.all_gather`
+        # returns counts as different on every device, so a single one could not return it.
+        candidates = self.shard(find, layer, (found, found))(features, kernel, bias)
+        result: tuple[jax.Array, jax.Array] = self.shard(
+            choose, (gathered, gathered), (gathered, gathered)
+        )(*candidates)
+        return result
+
+
+class OnRing(OnMesh):
+    """A pass over rows and labels that are sharded over the same axis.
+
+    The labels travel: each device meets those of one other at a time, so what it holds does not
+    grow with the number of devices.
+    """
+
+    def to_the_next(self) -> tuple[tuple[str, ...], list[tuple[int, int]]]:
+        """What `jax.lax.ppermute` needs to send from each device to that of the next labels.
+
+        It counts devices in the order of the axes of the mesh, whatever the order of the names.
+        """
+        names = _names(self.label_axis)
+        order = sorted(range(len(names)), key=lambda i: self.mesh.axis_names.index(names[i]))
+        shape = [self.mesh.shape[name] for name in names]
+        labels = np.arange(math.prod(shape)).reshape(shape).transpose(order).ravel()
+        devices = np.argsort(labels).tolist()
+        steps = list(zip(devices, devices[1:] + devices[:1], strict=True))
+        return tuple(names[i] for i in order), steps
+
+    def local(
+        self, operands: _linear.Operands, with_gradients: bool
+    ) -> tuple[jax.Array, _linear.Gradients]:
+        arrays, dtype = operands._asdict(), operands.features.dtype
+        here, size = jax.lax.axis_index(self.label_axis), operands.kernel.shape[1]
+        names, steps = self.to_the_next()
+
+        def pass_on(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            return {
+                name: jax.lax.ppermute(array, names, steps) if name in _linear.LABELLED else array
+                for name, array in arrays.items()
+            }
+
+        def step(carry: Any, distance: jax.Array) -> tuple[Any, None]:
+            travelling, rows, gradients = carry
+            met = operands._replace(**travelling)
+            # The gradient of a kernel of half precision is rounded once, not by every device.
+            met = met._replace(kernel=met.kernel.astype(dtype))
+            offset = (here - distance) % len(steps) * size
+            more, parts = _linear.full_pass(met, with_gradients, self.chunk_size, offset)
+            gradients = {name: gradients[name] + part for name, part in parts.items()}
+            return (pass_on(travelling), rows + more, pass_on(gradients)), None
+
+        travelling = {name: arrays[name] for name in _linear.LABELLED if arrays[name] is not None}
+        wanted = _linear.differentiable(operands) if with_gradients else ()
+        gradients = {name: jnp.zeros_like(arrays[name], dtype) for name in wanted}
+        start = travelling, jnp.zeros_like(operands.scale), gradients
+        # After a step for each device, labels and gradients are at home.
+        (_, rows, gradients), _ = jax.lax.scan(step, start, jnp.arange(len(steps), dtype=jnp.int32))
+        return rows, gradients
+
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """What a user says of chunks and devices; `over` makes of it how a pass is run."""
+    """What a user says of chunks and devices; `over` and `ring` make of it how a pass is run."""
 
     chunk_size: int | None
     mesh: Mesh | None
-    axes: tuple[tuple[str, str | None], ...]  # of rows and, if there is a second, labels
+    axes: tuple[tuple[str, Axis], ...]  # of rows and, if there is a second, labels
 
     @classmethod
-    def named(
-        cls, name: str, chunk_size: int | None, mesh: Mesh | None, **axes: str | None
-    ) -> "Devices":
+    def named(cls, name: str, chunk_size: int | None, mesh: Mesh | None, **axes: Axis) -> "Devices":
         """`axes`: the arguments that name the axes of the mesh for rows and labels."""
         if chunk_size is not None:
             _checks.check_size(name, "chunk_size", chunk_size)
@@ -89,43 +197,56 @@ class Devices:
                 f"{name}: mesh and {' or '.join(axes)} go together, got only "
                 f"{'mesh' if mesh is not None else f'the axis {given[0]!r}'}"
             )
-        if len(set(given)) < len(given):
-            raise ValueError(
-                f"{name}: {' and '.join(axes)} must be two axes of the mesh, got {given[0]!r} for "
-                "both; devices cannot share rows and labels at once, so pass one of them"
-            )
+        seen = list[str]()
         for argument, axis in axes.items():
-            if axis is not None and mesh is not None and axis not in mesh.shape:
-                raise ValueError(
-                    f"{name}: {argument} must be an axis of the mesh, one of "
-                    f"{', '.join(map(str, mesh.shape))}, got {axis!r}"
-                )
+            for one in _names(axis):
+                if mesh is not None and one not in mesh.axis_names:
+                    raise ValueError(
+                        f"{name}: {argument} must be an axis of the mesh, one of "
+                        f"{', '.join(map(str, mesh.axis_names))}, or a tuple of them, got {axis!r}"
+                    )
+                if one in seen:
+                    raise ValueError(
+                        f"{name}: {' and '.join(axes)} must be different axes of the mesh, got "
+                        f"{one!r} twice; devices cannot share rows and labels at once, so name it "
+                        "in one place"
+                    )
+                seen.append(one)
         return cls(chunk_size, mesh, tuple(axes.items()))
 
     def over(self, name: str, rows: int, labels: int) -> _linear.OneDevice:
-        """How to run over so many rows and labels."""
-        axes = []
-        sizes = [rows, labels]
-        for i, (argument, axis) in enumerate(self.axes):
-            devices = 1 if self.mesh is None or axis is None else self.mesh.shape[axis]
-            if sizes[i] % devices:
-                raise ValueError(
-                    f"{name}: {argument} {axis!r} has {devices} devices, which does not divide the "
-                    f"size {sizes[i]} that it shards; pad to a multiple or use another mesh"
-                )
-            sizes[i] //= devices
-            # Over one device nothing is reduced.
-            axes.append(axis if devices > 1 else None)
+        """How to run over so many rows and labels; where one axis is for both, on a ring."""
+        both = (*self.axes, self.axes[-1])
+        own_rows, batch_axis = self._share(name, *both[0], rows)
+        own_labels, label_axis = self._share(name, *both[1], labels)
         if self.chunk_size is not None and not isinstance(labels, int):
             raise ValueError(
                 f"{name}: chunk_size must be None where the number of labels is symbolic, got "
                 f"{self.chunk_size} for {labels} labels"
             )
-        chunk_size = self.chunk_size or _linear.default_chunk_size(*sizes)
-        chunk_size = max(min(chunk_size, sizes[1]), 1)
-        if self.mesh is None or not any(axes):
+        chunk_size = self.chunk_size or _linear.default_chunk_size(own_rows, own_labels)
+        chunk_size = max(min(chunk_size, own_labels), 1)
+        if self.mesh is None or not (batch_axis or label_axis):
             return _linear.OneDevice(chunk_size)
-        batch_axis, label_axis = (*axes, None)[:2]
         kinds = (AxisType.Auto,) * len(self.mesh.axis_names)
         mesh = Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=kinds)
-        return OnMesh(chunk_size, mesh, batch_axis, label_axis)
+        kind = OnMesh if len(self.axes) > 1 else OnRing
+        return kind(chunk_size, mesh, batch_axis, label_axis)
+
+    def _share(self, name: str, argument: str, axis: Axis, size: int) -> tuple[int, Axis]:
+        """What one device has of `size`, and the axes that share it, of more than one device."""
+        shape = {} if self.mesh is None else self.mesh.shape
+        sharing = tuple(one for one in _names(axis) if shape[one] > 1)
+        devices = math.prod(shape[one] for one in sharing)
+        if size % devices:
+            raise ValueError(
+                f"{name}: {argument} {axis!r} has {devices} devices, which does not divide the "
+                f"size {size} that it shards; pad to a multiple or use another mesh"
+            )
+        around = _placement.manual_axes()
+        if taken := [one for one in sharing if one in around]:
+            raise ValueError(
+                f"{name}: {argument} must be an axis that jax.shard_map leaves automatic, got "
+                f"{taken[0]!r}, over which the arrays are sharded already"
+            )
+        return size // devices, sharing if len(sharing) > 1 else sharing[0] if sharing else None

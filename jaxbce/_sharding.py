@@ -19,6 +19,9 @@ def _names(axis: Axis) -> tuple[str, ...]:
     return axis if isinstance(axis, tuple) else () if axis is None else (axis,)
 
 
+Layer = tuple[jax.Array, jax.Array, jax.Array | None]  # features, kernel and bias
+
+
 @dataclasses.dataclass(frozen=True)
 class OnMesh(_linear.OneDevice):
     """A pass over labels sharded over `label_axis` and rows sharded over `batch_axis`."""
@@ -98,27 +101,62 @@ class OnMesh(_linear.OneDevice):
         self, features: jax.Array, kernel: jax.Array, bias: jax.Array | None, k: int
     ) -> _linear.Candidates:
         """The best of the candidates that each device finds among its own labels."""
-        specs = self.specs()
-
-        def find(
-            features: jax.Array, kernel: jax.Array, bias: jax.Array | None
-        ) -> _linear.Candidates:
-            most = min(k, kernel.shape[1])
-            values, ids = _linear.top_k_pass(features, kernel, bias, most, self.chunk_size)
-            return values, ids + self.offset(kernel)
-
-        def choose(values: jax.Array, ids: jax.Array) -> _linear.Candidates:
-            return _linear.best(values, ids, k)
-
-        layer = specs["features"], specs["kernel"], None if bias is None else specs["bias"]
-        found, gathered = specs["labels"], specs["features"]
-        # The candidates are gathered on the way from one to the other. What `jax.lax.all_gather`
-        # returns counts as different on every device, so a single one could not return it.
-        candidates = self.shard(find, layer, (found, found))(features, kernel, bias)
-        result: tuple[jax.Array, jax.Array] = self.shard(
-            choose, (gathered, gathered), (gathered, gathered)
-        )(*candidates)
+        result: _linear.Candidates = top_k(self, k, (features, kernel, bias))
         return result
+
+    def layer_specs(self, layer: Layer) -> Any:
+        names = ("features", "kernel", "bias")
+        return tuple(
+            None if array is None else self.specs()[name]
+            for name, array in zip(names, layer, strict=True)
+        )
+
+    def candidates(self, k: int, layer: Layer) -> _linear.Candidates:
+        """The best of a device's own labels."""
+        most = min(k, layer[1].shape[1])
+        values, ids = _linear.top_k_pass(*layer, most, self.chunk_size)
+        return values, ids + self.offset(layer[1])
+
+
+# top_k = the best of all candidates. The cotangent of a result belongs to the candidate of the same
+# label. Candidates are found once more in the backward pass: inside another `jax.shard_map`, JAX
+# takes no residuals out of this one.
+
+
+def top_k_impl(how: OnMesh, k: int, layer: Layer) -> _linear.Candidates:
+    shared = how.shard(
+        lambda layer: how.candidates(k, layer),
+        (how.layer_specs(layer),),
+        (PartitionSpec(how.batch_axis, how.label_axis),) * 2,
+    )
+    # They are gathered on the way from one to the other. What `jax.lax.all_gather` returns counts
+    # as different on every device, and could not leave a `jax.shard_map` as one array.
+    by_row = (PartitionSpec(how.batch_axis, None),) * 2
+    best = how.shard(lambda values, ids: _linear.best(values, ids, k), by_row, by_row)
+    result: _linear.Candidates = best(*shared(layer))
+    return result
+
+
+def top_k_fwd(how: OnMesh, k: int, layer: Layer) -> tuple[_linear.Candidates, Any]:
+    values, ids = top_k_impl(how, k, layer)
+    return (values, ids), (layer, ids)
+
+
+def top_k_bwd(how: OnMesh, k: int, residuals: Any, g: Any) -> tuple[Layer]:
+    layer, ids = residuals
+
+    def local(layer: Layer, ids: jax.Array, g: jax.Array) -> Layer:
+        _, pullback, found = jax.vjp(lambda layer: how.candidates(k, layer), layer, has_aux=True)
+        chosen = found[:, :, None] == ids[:, None, :]
+        gradients: tuple[Layer] = pullback(jnp.sum(jnp.where(chosen, g[:, None, :], 0), axis=2))
+        return gradients[0]
+
+    specs, by_row = how.layer_specs(layer), PartitionSpec(how.batch_axis, None)
+    return (how.shard(local, (specs, by_row, by_row), specs)(layer, ids, g[0]),)
+
+
+top_k = jax.custom_vjp(top_k_impl, nondiff_argnums=(0, 1))
+top_k.defvjp(top_k_fwd, top_k_bwd)
 
 
 class OnRing(OnMesh):

@@ -266,6 +266,12 @@ class Devices:
         chunk_size = max(min(chunk_size, own_labels), 1)
         if self.mesh is None or not (batch_axis or label_axis):
             return _linear.OneDevice(chunk_size)
+        context = jax.sharding.get_abstract_mesh()
+        if _placement.manual_axes() and context.shape != self.mesh.shape:
+            raise ValueError(
+                f"{name}: mesh must be that of the jax.shard_map around, {dict(context.shape)}, "
+                f"got {dict(self.mesh.shape)}"
+            )
         kinds = (AxisType.Auto,) * len(self.mesh.axis_names)
         mesh = Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=kinds)
         kind = OnMesh if len(self.axes) > 1 else OnRing

@@ -294,6 +294,5 @@ def _top_k(
     lead = features.shape[:-1]
     features = features.reshape(math.prod(lead), features.shape[-1])
     how = devices.over(name, features.shape[0], num_labels)
-    layer = _placement.vary_together((features, kernel, bias))
-    values, ids = how.top_k(*layer, k)
+    values, ids = how.top_k(features, kernel, bias, k)
     return values.reshape(*lead, k), ids.reshape(*lead, k)

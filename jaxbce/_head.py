@@ -27,8 +27,8 @@ def linear_bce_with_logits(
     reduction: str = "mean",
     chunk_size: int | None = None,
     mesh: Mesh | None = None,
-    batch_axis: str | None = None,
-    label_axis: str | None = None,
+    batch_axis: str | tuple[str, ...] | None = None,
+    label_axis: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
     """Binary cross-entropy of the logits features @ kernel + bias, which are never held.
 
@@ -63,10 +63,10 @@ def linear_bce_with_logits(
         is faster.
       mesh: devices to share the work, with axes of any type; None uses one, or what `jax.jit` makes
         of sharded inputs.
-      batch_axis: axis of the mesh over which features, positives, weight, ignored and the rows of
-        labels and where are sharded; None replicates them.
-      label_axis: axis of the mesh over which kernel, bias, pos_weight and the columns of labels and
-        where are sharded; None replicates them.
+      batch_axis: axis of the mesh, or a tuple of axes, over which features, positives, weight,
+        ignored and the rows of labels and where are sharded; None replicates them.
+      label_axis: axis of the mesh, or a tuple of axes, over which kernel, bias, pos_weight and the
+        columns of labels and where are sharded; None replicates them.
 
     Returns:
       The loss in float32 (float64 where features or kernel are): a scalar, or [...] for "none".
@@ -142,8 +142,8 @@ def linear_loss(
     reduction: str = "mean",
     chunk_size: int | None = None,
     mesh: Mesh | None = None,
-    batch_axis: str | None = None,
-    label_axis: str | None = None,
+    batch_axis: _sharding.Axis = None,
+    label_axis: _sharding.Axis = None,
 ) -> jax.Array:
     """Any elementwise loss of the logits features @ kernel + bias, which are never held.
 
@@ -174,8 +174,9 @@ def linear_loss(
       reduction: as in `linear_bce_with_logits`.
       chunk_size: number of labels at a time; None chooses.
       mesh: devices to share the work; None uses one.
-      batch_axis: axis of the mesh over which the rows are sharded; None replicates them.
-      label_axis: axis of the mesh over which the labels are sharded; None replicates them.
+      batch_axis: axis of the mesh, or a tuple, over which the rows are sharded; None replicates them.
+      label_axis: axis of the mesh, or a tuple, over which the labels are sharded; None replicates
+        them.
 
     Returns:
       The loss in float32 (float64 where features or kernel are): a scalar, or [...] for "none".
@@ -236,6 +237,9 @@ def linear_top_k(
     *,
     k: int,
     chunk_size: int | None = None,
+    mesh: Mesh | None = None,
+    batch_axis: str | tuple[str, ...] | None = None,
+    label_axis: str | tuple[str, ...] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The k highest of the logits features @ kernel + bias, which are never held, and their labels.
 
@@ -249,6 +253,12 @@ def linear_top_k(
       bias: float array [L]; None is 0.
       k: how many, an int in [1, L].
       chunk_size: number of labels at a time, at least k of them; None chooses.
+      mesh: devices to share the work, with axes of any type; None uses one, or what `jax.jit` makes
+        of sharded inputs.
+      batch_axis: axis of the mesh, or a tuple of axes, over which features are sharded; None
+        replicates them.
+      label_axis: axis of the mesh, or a tuple of axes, over which kernel and bias are sharded; None
+        replicates them. Each device keeps to its own labels and sends its k best.
 
     Returns:
       The logits [..., k] in float32 (float64 where features or kernel are), highest first, and
@@ -256,7 +266,8 @@ def linear_top_k(
 
     Raises:
       TypeError: features, kernel or bias are not floating-point, or not an array.
-      ValueError: a shape does not fit, or k or chunk_size is not valid.
+      ValueError: a shape does not fit, an axis of the mesh does not exist, is given for both or
+        does not divide its size, or k or chunk_size is not valid.
 
     Edge values: of equal logits the one of the lowest label comes first, as in `jax.lax.top_k`.
 
@@ -271,7 +282,9 @@ def linear_top_k(
     Source: `jax.lax.top_k`, merged over chunks.
     """
     name = "linear_top_k"
-    devices = _sharding.Devices.named(name, chunk_size, None)
+    devices = _sharding.Devices.named(
+        name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis
+    )
     arrays = _checks.admit(name, features=features, kernel=kernel, bias=bias)
     num_labels = next(reversed(getattr(arrays[1], "shape", ())), None)
     _checks.check_size(name, "k", k, num_labels if isinstance(num_labels, int) else None)
@@ -551,5 +564,5 @@ def _top_k(
     lead = features.shape[:-1]
     features = features.reshape(math.prod(lead), features.shape[-1])
     how = devices.over(name, features.shape[0], num_labels)
-    values, ids = _linear.top_k_pass(features, kernel, bias, k, max(how.chunk_size, k))
+    values, ids = how.top_k(features, kernel, bias, k)
     return values.reshape(*lead, k), ids.reshape(*lead, k)

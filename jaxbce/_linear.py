@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxbce import _kernels
 
 Gradients = dict[str, Any]  # of every float operand that is given, whatever is wanted
+Candidates = tuple[jax.Array, jax.Array]  # logits of each row and their labels
 
 
 class Operands(NamedTuple):
@@ -301,6 +302,11 @@ class OneDevice:
         """`pass_over` writes `columns`, which have a column for each label."""
         return pass_over(operands, columns, others, key, self.loss, self.chunk_size)
 
+    def top_k(
+        self, features: jax.Array, kernel: jax.Array, bias: jax.Array | None, k: int
+    ) -> Candidates:
+        return top_k_pass(features, kernel, bias, k, self.chunk_size)
+
 
 def scaled_sum(rows: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(scale == 0, 0, rows * scale))
@@ -390,15 +396,22 @@ def default_chunk_size(batch: int, num_labels: int) -> int:
     return num_labels if num_labels <= 2 * chunk_size else chunk_size
 
 
+def best(values: jax.Array, ids: jax.Array, k: int) -> Candidates:
+    """The k highest of the candidates of each row; of equal ones, the first."""
+    values, order = jax.lax.top_k(values, k)
+    return values, jnp.take_along_axis(ids, order, axis=1)
+
+
 def top_k_pass(
     features: jax.Array, kernel: jax.Array, bias: jax.Array | None, k: int, chunk_size: int
-) -> tuple[jax.Array, jax.Array]:
+) -> Candidates:
     """The k highest logits of each row and their labels; of equal ones, the lowest label first."""
     num_labels = kernel.shape[1]
+    chunk_size = max(chunk_size, k)
     whole = max(num_labels // chunk_size - 1, 0)
     first = num_labels - whole * chunk_size
 
-    def best_of(start: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array]:
+    def best_of(start: jax.Array | int, size: int) -> Candidates:
         part = columns(kernel, start, size)
         logits, _ = chunk_logits(
             features, part, None if bias is None else columns(bias, start, size)
@@ -406,18 +419,15 @@ def top_k_pass(
         values, ids = jax.lax.top_k(logits, k)
         return values, ids + start
 
-    def step(
-        best: tuple[jax.Array, jax.Array], start: jax.Array
-    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+    def step(found: Candidates, start: jax.Array) -> tuple[Candidates, None]:
+        # The lower labels come first, and `best` prefers the first of equal values.
         values, ids = (
             jnp.concatenate(pair, axis=1)
-            for pair in zip(best, best_of(start, chunk_size), strict=True)
+            for pair in zip(found, best_of(start, chunk_size), strict=True)
         )
-        # The lower labels come first, and `top_k` prefers the first of equal values.
-        values, order = jax.lax.top_k(values, k)
-        return (values, jnp.take_along_axis(ids, order, axis=1)), None
+        return best(values, ids, k), None
 
     # The first chunk also takes the labels left over; it holds at least k.
     starts = first + jnp.arange(whole, dtype=jnp.int32) * chunk_size
-    best, _ = jax.lax.scan(step, best_of(0, first), starts)
-    return best
+    found, _ = jax.lax.scan(step, best_of(0, first), starts)
+    return found

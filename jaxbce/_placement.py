@@ -12,9 +12,18 @@ Arrays = TypeVar("Arrays")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _explicit_axes(mesh: AbstractMesh) -> tuple[str, ...]:
+def _axes_of(mesh: AbstractMesh, wanted: AxisType) -> tuple[str, ...]:
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+    return tuple(name for name, kind in kinds if kind == wanted)
+
+
+def _explicit_axes(mesh: AbstractMesh) -> tuple[str, ...]:
+    return _axes_of(mesh, AxisType.Explicit)
+
+
+def manual_axes() -> tuple[str, ...]:
+    """Those over which a `jax.shard_map` around has sharded the arrays."""
+    return _axes_of(jax.sharding.get_abstract_mesh(), AxisType.Manual)
 
 
 def _explicit_mesh(arrays: Any) -> AbstractMesh | None:
@@ -91,7 +100,7 @@ def vary_together(arrays: Arrays) -> Arrays:
 
     The gradient of one that is the same on several devices is then summed over them.
     """
-    if AxisType.Manual not in jax.sharding.get_abstract_mesh().axis_types:
+    if not manual_axes():
         return arrays
     # The sum of nothing is 0, and varies over the axes that its argument varies over.
     zero = jnp.float32(0)

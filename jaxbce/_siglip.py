@@ -19,7 +19,7 @@ def siglip_loss(
     positives: ArrayLike | None = None,
     chunk_size: int | None = None,
     mesh: Mesh | None = None,
-    axis: str | None = None,
+    axis: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
     """The pairwise sigmoid loss of images and their texts, without the matrix of all pairs.
 
@@ -43,8 +43,9 @@ def siglip_loss(
         with -1; None is the row of the image itself.
       chunk_size: number of texts at a time; None chooses.
       mesh: devices to share the work; None uses one.
-      axis: axis of the mesh over which images and texts are sharded. Each device compares its
-        images with all texts, whose embeddings, [batch, D], are gathered.
+      axis: axis of the mesh, or a tuple of axes, over which images and texts are sharded. Texts
+        and their gradients travel from device to device, so that each holds its own rows and those
+        of one other, however many devices there are.
 
     Returns:
       The loss, a scalar in float32 (float64 where an embedding is).

@@ -50,8 +50,8 @@ def linear_update(
     chunk_size: int | None = None,
     rounding_key: jax.Array | None = None,
     mesh: Mesh | None = None,
-    batch_axis: str | None = None,
-    label_axis: str | None = None,
+    batch_axis: _sharding.Axis = None,
+    label_axis: _sharding.Axis = None,
 ) -> LinearUpdate:
     """One step of an optimizer on a linear layer, without the gradient of its kernel.
 
@@ -87,9 +87,9 @@ def linear_update(
         random, so that the expected value is exact and a small step is not always lost. None rounds
         to the nearest.
       mesh: devices to share the work; None uses one.
-      batch_axis: axis of the mesh over which the rows are sharded; None replicates them.
-      label_axis: axis of the mesh over which the labels, the parameters and the state are sharded;
-        None replicates them.
+      batch_axis: axis of the mesh, or a tuple, over which the rows are sharded; None replicates them.
+      label_axis: axis of the mesh, or a tuple, over which the labels, the parameters and the state
+        are sharded; None replicates them.
 
     Returns:
       `LinearUpdate(loss, features_gradient, params, opt_state)`: the loss and its gradient with

@@ -27,7 +27,7 @@ IMPORTS = {
     "_focal": {"_kernels", "_losses", "_checks"},
     "_functions": {"_checks", "_kernels", "_placement"},
     "_linear": {"_kernels"},
-    "_sharding": {"_checks", "_linear"},
+    "_sharding": {"_checks", "_linear", "_placement"},
     "_head": {"_checks", "_kernels", "_reduce", "_linear", "_placement", "_sharding"},
     "_siglip": {"_checks", "_kernels", "_reduce", "_linear", "_placement", "_sharding"},
     "_update": {"_checks", "_head", "_kernels", "_linear", "_placement", "_reduce", "_sharding"},

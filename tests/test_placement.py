@@ -103,6 +103,7 @@ CALLS = {
 ON_A_MESH = {
     "linear_bce_with_logits": {"batch_axis": "data", "label_axis": "model"},
     "linear_bce_with_logits, none": {"batch_axis": "data", "label_axis": "model"},
+    "linear_top_k": {"batch_axis": "data", "label_axis": "model"},
     "siglip_loss": {"axis": "data"},
 }
 KINDS = {

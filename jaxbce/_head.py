@@ -142,8 +142,8 @@ def linear_loss(
     reduction: str = "mean",
     chunk_size: int | None = None,
     mesh: Mesh | None = None,
-    batch_axis: _sharding.Axis = None,
-    label_axis: _sharding.Axis = None,
+    batch_axis: str | tuple[str, ...] | None = None,
+    label_axis: str | tuple[str, ...] | None = None,
 ) -> jax.Array:
     """Any elementwise loss of the logits features @ kernel + bias, which are never held.
 

@@ -50,8 +50,8 @@ def linear_update(
     chunk_size: int | None = None,
     rounding_key: jax.Array | None = None,
     mesh: Mesh | None = None,
-    batch_axis: _sharding.Axis = None,
-    label_axis: _sharding.Axis = None,
+    batch_axis: str | tuple[str, ...] | None = None,
+    label_axis: str | tuple[str, ...] | None = None,
 ) -> LinearUpdate:
     """One step of an optimizer on a linear layer, without the gradient of its kernel.
 

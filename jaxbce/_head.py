@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
-from jaxbce import _checks, _kernels, _linear, _placement, _reduce, _sharding
+from jaxbce import _checks, _linear, _operands, _placement, _reduce, _sharding
 
 
 def linear_bce_with_logits(
@@ -108,7 +108,7 @@ def linear_bce_with_logits(
     devices = _sharding.Devices.named(
         name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis
     )
-    arrays = admit(
+    arrays = _operands.admit(
         name,
         features,
         kernel,
@@ -174,7 +174,8 @@ def linear_loss(
       reduction: as in `linear_bce_with_logits`.
       chunk_size: number of labels at a time; None chooses.
       mesh: devices to share the work; None uses one.
-      batch_axis: axis of the mesh, or a tuple, over which the rows are sharded; None replicates them.
+      batch_axis: axis of the mesh, or a tuple, over which the rows are sharded; None replicates
+        them.
       label_axis: axis of the mesh, or a tuple, over which the labels are sharded; None replicates
         them.
 
@@ -208,14 +209,14 @@ def linear_loss(
     devices = _sharding.Devices.named(
         name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis
     )
-    arrays = admit(
+    arrays = _operands.admit(
         name,
         features,
         kernel,
         bias,
         positives=positives,
         labels=labels,
-        per_label=numbered(name, per_label),
+        per_label=_operands.numbered(name, per_label),
         weight=weight,
         where=where,
         ignored=ignored,
@@ -224,7 +225,7 @@ def linear_loss(
         *arrays,
         name=name,
         reduction=reduction,
-        loss=own_loss(name, loss, len(per_label)),
+        loss=_operands.own_loss(name, loss, len(per_label)),
         devices=devices,
     )
     return result
@@ -292,104 +293,6 @@ def linear_top_k(
     return best
 
 
-def admit(
-    name: str,
-    features: Any,
-    kernel: Any,
-    bias: Any,
-    *,
-    positives: Any,
-    labels: Any,
-    per_label: dict[str, Any],
-    weight: Any,
-    where: Any,
-    ignored: Any,
-    label_smoothing: Any = 0.0,
-) -> list[Any]:
-    """The arrays that `prepare` takes; those of `per_label` by name, None for what is not given."""
-    _checks.check_one_of(name, positives=positives, labels=labels)
-    given = {argument: value for argument, value in per_label.items() if value is not None}
-    numbers = dict(zip(given, _checks.admit(name, **given), strict=True))
-    arrays = _checks.admit(
-        name,
-        features=features,
-        kernel=kernel,
-        bias=bias,
-        positives=positives,
-        labels=labels,
-        weight=weight,
-        label_smoothing=_checks.fraction_or_none(name, "label_smoothing", label_smoothing),
-        where=where,
-        ignored=ignored,
-    )
-    return [*arrays, numbers]
-
-
-def numbered(name: str, per_label: Any) -> dict[str, Any]:
-    """The arrays of `per_label` under the names that errors give them."""
-    if not isinstance(per_label, (tuple, list)):
-        raise TypeError(
-            f"{name}: per_label must be a tuple of arrays, got {type(per_label).__name__}; one "
-            "array is (per_label,)"
-        )
-    return {f"per_label[{i}]": array for i, array in enumerate(per_label)}
-
-
-def own_loss(name: str, loss: Any, num_arrays: int) -> _linear.OwnLoss:
-    """A user's loss, which must be one number per logit and a function of its arguments alone."""
-    if not callable(loss):
-        raise TypeError(
-            f"{name}: loss must be a function of (logits, labels, *per_label), got "
-            f"{type(loss).__name__}"
-        )
-    elements = jax.ShapeDtypeStruct((2, 3), jnp.float32)
-    numbers = [jax.ShapeDtypeStruct((3,), jnp.float32)] * num_arrays
-    traced = jax.make_jaxpr(loss)(elements, elements, *numbers)
-    shapes = [result.shape for result in traced.out_avals]
-    if shapes != [elements.shape]:
-        raise ValueError(
-            f"{name}: loss must return one number per logit, of shape {elements.shape} for logits "
-            f"of that shape, got {shapes[0] if len(shapes) == 1 else shapes}; a loss of jaxbce "
-            'takes reduction="none"'
-        )
-    if not jnp.issubdtype(traced.out_avals[0].dtype, jnp.floating):
-        raise TypeError(f"{name}: loss must return floats, got {traced.out_avals[0].dtype}")
-    if any(isinstance(constant, jax.core.Tracer) for constant in traced.consts):
-        raise ValueError(
-            f"{name}: loss must hold no traced value, of which it would lose the gradient; pass "
-            "the value as one of per_label, jax.numpy.full(labels, value)"
-        )
-    return _linear.OwnLoss(loss)
-
-
-def _prepare_layer(
-    name: str, features: Any, kernel: Any, bias: Any
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The arrays of a linear layer; `features` in the dtype in which products are multiplied."""
-    features = _checks.floating(name, "features", features)
-    kernel = _checks.floating(name, "kernel", kernel)
-    if not features.ndim:
-        raise ValueError(f"{name}: features must have shape (..., width), got one number")
-    if kernel.ndim != 2 or kernel.shape[0] != features.shape[-1]:
-        raise ValueError(
-            f"{name}: kernel must have shape (width, labels) for features {features.shape} of "
-            f"shape (..., width), got {kernel.shape}; a (labels, width) kernel is kernel.T"
-        )
-    if not isinstance(kernel.shape[1], int):
-        raise ValueError(
-            f"{name}: kernel must have a number of labels that is known while tracing, got "
-            f"{kernel.shape}; only the leading axes of features may be symbolic"
-        )
-    dtype = _kernels.accumulator(features, kernel)
-    if not features.dtype == kernel.dtype == jnp.bfloat16:
-        # Also for float16, in which a gradient divided by rows · labels would be 0.
-        features = features.astype(dtype)
-    if bias is not None:
-        bias = _checks.floating(name, "bias", bias)
-        bias = _checks.shaped(name, "bias", bias, kernel.shape[1:], "(labels,)")
-    return features, kernel, bias
-
-
 def _by_row(features: Any, *_: Any, reduction: str, **__: Any) -> PartitionSpec:
     """The loss of each row is sharded as the features are."""
     if reduction != "none":
@@ -405,8 +308,8 @@ def _evaluate(
     loss: _linear.ChunkLoss,
     devices: _sharding.Devices,
 ) -> jax.Array:
-    lead, operands, weight = prepare(*arrays, name=name, reduction=reduction)
-    how = devices.over(name, *sizes(operands), loss)
+    lead, operands, weight = _operands.prepare(*arrays, name=name, reduction=reduction)
+    how = devices.over(name, *operands.sizes(), loss)
     if reduction != "none":
         return _linear.total_loss(how, operands)
     rows = _linear.row_losses(how, operands)
@@ -414,140 +317,6 @@ def _evaluate(
     if keep is not None:
         rows = jnp.where(keep, rows, 0)
     return (rows if weight is None else rows * weight).reshape(lead)
-
-
-def sizes(operands: _linear.Operands) -> tuple[int, int]:
-    return operands.features.shape[0], operands.kernel.shape[1]
-
-
-def prepare(
-    features: Any,
-    kernel: Any,
-    bias: Any,
-    positives: Any,
-    labels: Any,
-    weight: Any,
-    label_smoothing: Any,
-    where: Any,
-    ignored: Any,
-    per_label: dict[str, Any],
-    *,
-    name: str,
-    reduction: str,
-) -> tuple[tuple[int, ...], _linear.Operands, jax.Array | None]:
-    """The leading axes of the rows, the operands of a pass over them, and the weight of each."""
-    features, kernel, bias = _prepare_layer(name, features, kernel, bias)
-    lead, num_labels = features.shape[:-1], kernel.shape[1]
-    batch, dtype = math.prod(lead), _kernels.accumulator(features)
-    rows_of = ("features", features.shape)
-    features = features.reshape(batch, features.shape[-1])
-
-    if where is not None:
-        shape = (*lead, num_labels)
-        where = _checks.mask(name, where, "(..., labels)", shape)
-        # One row for all where it is the same for all.
-        rows = (1,) * len(lead) if math.prod(where.shape[:-1]) == 1 else lead
-        where = jnp.broadcast_to(where, (*rows, where.shape[-1]))
-        where = where.reshape(math.prod(rows), where.shape[-1])
-    if ignored is not None:
-        ignored = _checks.positives(name, ignored, num_labels, argument="ignored", rows_of=rows_of)
-        ignored = ignored.reshape(batch, ignored.shape[-1])
-    kept = _kept_labels(where, ignored, batch, num_labels, dtype)
-
-    keep, counted = None, None if kept is None else kept != 0
-    if weight is not None:
-        weight = _checks.shaped(name, "weight", weight, lead, "(...,)").astype(dtype)
-        weight = weight.reshape(batch)
-        keep = (weight != 0) | jnp.all(jnp.isfinite(features), axis=1)
-        keep = keep if counted is None else keep & counted
-        counted = weight != 0 if counted is None else counted & (weight != 0)
-        weight = jnp.where(keep, weight, 0)
-    elif counted is not None:
-        keep = counted
-    if keep is not None:
-        # Before anything is computed of them, so that no NaN reaches a gradient.
-        features = jnp.where(keep[:, None], features, 0)
-
-    if positives is not None:
-        rows_kept = None if counted is None else counted.reshape(lead)
-        positives = _checks.positives(name, positives, num_labels, rows_of=rows_of, keep=rows_kept)
-        positives = positives.reshape(batch, positives.shape[-1])
-    else:
-        labels = _checks.shaped(name, "labels", labels, (*lead, num_labels), "(..., labels)")
-        labels = labels.reshape(batch, num_labels)
-    numbers = tuple(
-        _checks.shaped(name, argument, array, (num_labels,), "(labels,)").astype(dtype)
-        for argument, array in per_label.items()
-    )
-    if label_smoothing is not None:
-        label_smoothing = _checks.number(name, "label_smoothing", label_smoothing).astype(dtype)
-        _checks.check_unit_interval(name, "label_smoothing", label_smoothing)
-
-    operands = _linear.Operands(
-        features=features,
-        kernel=kernel,
-        bias=bias,
-        positives=positives,
-        labels=labels,
-        per_label=numbers,
-        label_smoothing=label_smoothing,
-        where=where,
-        ignored=ignored,
-        scale=_scale(weight, kept, lead, num_labels, dtype, reduction),
-    )
-    if labels is not None:
-        mask = _linear.chunk_mask(operands, 0, 0, num_labels)
-        if counted is not None:
-            mask = counted[:, None] if mask is None else mask & counted[:, None]
-        _checks.check_unit_interval(name, "labels", labels.astype(dtype), mask)
-    return lead, _placement.vary_together(operands), weight
-
-
-def _kept_labels(
-    where: jax.Array | None, ignored: jax.Array | None, batch: int, num_labels: int, dtype: Any
-) -> jax.Array | None:
-    """How many labels of each row are kept, [batch]; None for all of all rows."""
-    if where is None and ignored is None:
-        return None
-    if where is None:
-        where = jnp.ones((1, 1), bool)
-    kept = _reduce.count_true(where, (1,), dtype)[:, 0]
-    kept *= _reduce.repeats(where.shape, (batch, num_labels), (1,), dtype)
-    if ignored is None:
-        return jnp.broadcast_to(kept, batch)
-    ids = jnp.sort(ignored, axis=1)
-    first = ids != jnp.pad(ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-    row = jnp.arange(batch)[:, None] if where.shape[0] > 1 else 0
-    column = ids if where.shape[1] > 1 else 0
-    masked = ~where.at[row, column].get(mode="fill", fill_value=False)
-    return kept - jnp.sum((ids < num_labels) & first & ~masked, axis=1, dtype=dtype)
-
-
-def _scale(
-    weight: jax.Array | None,
-    kept: jax.Array | None,
-    lead: tuple[int, ...],
-    num_labels: int,
-    dtype: Any,
-    reduction: str,
-) -> jax.Array:
-    """The factor of each row in the total: its weight over the divisor of the reduction."""
-    batch = math.prod(lead)
-    scale = jnp.ones(batch, dtype) if weight is None else weight
-    if kept is None:
-        sizes = {"mean": (batch, num_labels), "weighted_mean": (num_labels,), "batchmean": lead[:1]}
-        for size in sizes.get(reduction, ()):
-            scale = scale * _reduce.one_over(size, dtype)
-        kept = jnp.ones((), dtype)
-    elif reduction == "mean":
-        scale = scale * _reduce.inverse(jnp.sum(kept))
-    elif reduction == "batchmean":
-        entries = jnp.any(kept.reshape(lead) != 0, axis=tuple(range(1, len(lead))))
-        scale = scale * _reduce.inverse(jnp.sum(entries, dtype=dtype))
-    if reduction == "weighted_mean":
-        own = jnp.ones(batch, dtype) if weight is None else weight
-        scale = scale * _reduce.inverse(jnp.sum(own * kept))
-    return scale
 
 
 def _by_row_and_whole(features: Any, *_: Any, **__: Any) -> tuple[PartitionSpec, PartitionSpec]:
@@ -559,7 +328,7 @@ def _by_row_and_whole(features: Any, *_: Any, **__: Any) -> tuple[PartitionSpec,
 def _top_k(
     features: Any, kernel: Any, bias: Any, *, name: str, k: int, devices: _sharding.Devices
 ) -> tuple[jax.Array, jax.Array]:
-    features, kernel, bias = _prepare_layer(name, features, kernel, bias)
+    features, kernel, bias = _operands.prepare_layer(name, features, kernel, bias)
     num_labels = kernel.shape[1]
     lead = features.shape[:-1]
     features = features.reshape(math.prod(lead), features.shape[-1])

@@ -33,6 +33,10 @@ class Operands(NamedTuple):
     ignored: jax.Array | None  # [batch, ignored], ids as in `positives`, left out too
     scale: jax.Array  # [batch], the factor of each row in the total
 
+    def sizes(self) -> tuple[int, int]:
+        """Of rows and labels."""
+        return self.features.shape[0], self.kernel.shape[1]
+
 
 LABELLED = ("kernel", "bias", "labels", "per_label")  # one column, or number, per label
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
-from jaxbce import _checks, _head, _kernels, _linear, _placement, _reduce, _sharding
+from jaxbce import _checks, _kernels, _linear, _operands, _placement, _reduce, _sharding
 
 
 class Optimizer(Protocol):
@@ -87,7 +87,8 @@ def linear_update(
         random, so that the expected value is exact and a small step is not always lost. None rounds
         to the nearest.
       mesh: devices to share the work; None uses one.
-      batch_axis: axis of the mesh, or a tuple, over which the rows are sharded; None replicates them.
+      batch_axis: axis of the mesh, or a tuple, over which the rows are sharded; None replicates
+        them.
       label_axis: axis of the mesh, or a tuple, over which the labels, the parameters and the state
         are sharded; None replicates them.
 
@@ -136,8 +137,8 @@ def linear_update(
             "pos_weight"
         )
     layout = _layout(name, optimizer, params, opt_state)
-    numbers = {"pos_weight": pos_weight} if loss is None else _head.numbered(name, per_label)
-    arrays = _head.admit(
+    numbers = {"pos_weight": pos_weight} if loss is None else _operands.numbered(name, per_label)
+    arrays = _operands.admit(
         name,
         features,
         params["kernel"],
@@ -155,7 +156,7 @@ def linear_update(
             f"{name}: rounding_key is for parameters in bfloat16, got {params['kernel'].dtype}; "
             "leave it out"
         )
-    chunk_loss = _linear.bce if loss is None else _head.own_loss(name, loss, len(per_label))
+    chunk_loss = _linear.bce if loss is None else _operands.own_loss(name, loss, len(per_label))
     step: LinearUpdate = _update(
         *arrays,
         opt_state,
@@ -305,7 +306,7 @@ def _update(
     devices: _sharding.Devices,
 ) -> LinearUpdate:
     *given, opt_state, key = arrays
-    _, operands, _ = _head.prepare(*given, name=name, reduction=reduction)
+    _, operands, _ = _operands.prepare(*given, name=name, reduction=reduction)
     params = {"kernel": operands.kernel}
     if operands.bias is not None:
         params["bias"] = operands.bias
@@ -324,7 +325,7 @@ def _update(
         new_others = jax.tree.map(_like, new_others, others)
         return (rounded, jax.tree.map(_like, state, columns[1])), new_others
 
-    how = devices.over(name, *_head.sizes(operands), loss)
+    how = devices.over(name, *operands.sizes(), loss)
     pass_over = functools.partial(update_pass, new_columns)
     rows, slope, (params, state), others = how.update(
         pass_over, operands, (params, state), others, key

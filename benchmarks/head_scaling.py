@@ -114,7 +114,7 @@ def each_of_a_ring(topology, chips):
     ring = mesh_of(topology, chips, 1)
 
     def array(*shape, dtype=jnp.bfloat16):
-        by_row = NamedSharding(ring, PartitionSpec("data" if shape else None))
+        by_row = NamedSharding(ring, PartitionSpec("data") if shape else PartitionSpec())
         return jax.ShapeDtypeStruct(shape, dtype, sharding=by_row)
 
     loss = functools.partial(jaxbce.siglip_loss, mesh=ring, axis="data")

@@ -4,10 +4,10 @@
     python examples/image_text_siglip.py           # about 40 s of CPU time; --help for options
 
 An image tower and a text tower (a convolution over letters), both Flax NNX, are trained from
-scratch with `siglip_loss`: an image shall match the names of its digit and no other. In a batch many texts
-name the same digit. "Every match" says which, with `positives`; "own text only" is the loss as
-SigLIP has it, in which the others count as wrong. On several devices a mesh shares each batch:
-images and texts both stay sharded, and the texts travel from device to device.
+scratch with `siglip_loss`: an image shall match the names of its digit and no other. In a batch
+many texts name the same digit. "Every match" says which, with `positives`; "own text only" is the
+loss as SigLIP has it, in which the others count as wrong. On several devices a mesh shares each
+batch: images and texts both stay sharded, and the texts travel from device to device.
 
 Data: the 1797 digits of 8 x 8 pixels bundled with scikit-learn (UCI "Optical Recognition of
 Handwritten Digits", CC BY 4.0), split 3 : 1 : 1 by class, and the names in this file. Four more

@@ -21,6 +21,7 @@ os.environ |= {
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 
+import functools
 import json
 import pathlib
 import sys
@@ -32,10 +33,13 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import jaxbce
+
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS, PICTURE = ROOT / "benchmarks" / "results" / "head_scaling.json", ROOT / "docs" / "head.png"
 CPU_LABELS = [2**power for power in (12, 14, 16, 18, 20, 21)]
 TPU_LABELS = [2**power for power in (16, 18, 20, 21, 22)]
+RINGS = [("v5e:2x2", 4), ("v5e:4x4", 16), ("v5e:8x8", 64)]
 CPU_LIMIT = 8e9  # bytes of temporaries beyond which a step is not run
 CELLS = 2**23  # logits of a chunk for which `chunk_size=None` aims on a TPU
 FLOOR = 1e6  # what is drawn for less: on the TPU a chunk may stay in on-chip memory
@@ -105,6 +109,22 @@ def each_of_64_chips(labels):
     return temporaries(sharded, 1024, 768, labels, jnp.bfloat16, chips, axes)
 
 
+def each_of_a_ring(topology, chips):
+    """Temporaries of `siglip_loss` with all gradients, 8192 pairs on each chip."""
+    ring = mesh_of(topology, chips, 1)
+
+    def array(*shape, dtype=jnp.bfloat16):
+        by_row = NamedSharding(ring, PartitionSpec("data") if shape else PartitionSpec())
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=by_row)
+
+    loss = functools.partial(jaxbce.siglip_loss, mesh=ring, axis="data")
+    pairs = array(8192 * chips, 768), array(8192 * chips, 768)
+    gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))
+    compiled = gradients.lower(*pairs, *[array(dtype=jnp.float32)] * 2).compile()
+    assert "all-gather" not in compiled.as_text()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
 def compile_tpu():
     variants = {"dense": head.dense, "chunked": head.chunked(chunk_size=CELLS // 1024)}
     rows = []
@@ -113,6 +133,9 @@ def compile_tpu():
         rows.append(report(labels, sizes, {}))
     print("on each of 64 chips:")
     report(2**26, {"chunked": each_of_64_chips(2**26)}, {})
+    for topology, chips in RINGS:
+        size = each_of_a_ring(topology, chips)
+        print(f"a ring of {chips} chips, 8192 pairs on each: {size / 1e6:.1f} MB of temporaries")
     return rows
 
 

@@ -272,7 +272,8 @@ def linear_top_k(
 
     Edge values: of equal logits the one of the lowest label comes first, as in `jax.lax.top_k`.
 
-    Differentiable: the logits are, with respect to features, kernel and bias.
+    Differentiable: the logits are, with respect to features, kernel and bias; on a mesh in reverse
+    mode only.
 
     Example:
       >>> import jax.numpy as jnp, jaxbce

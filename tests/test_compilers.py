@@ -66,6 +66,16 @@ def test_the_chunked_head_fits(size):
     assert 0 < int(run_in_benchmarks(f"head_scaling.{size}")) < 0.3e9
 
 
+def test_a_chip_holds_no_more_on_a_larger_ring():
+    """Nor gathers it anything, which the benchmark asserts."""
+    sizes = run_in_benchmarks(
+        "*(head_scaling.each_of_a_ring(*ring) for ring in head_scaling.RINGS)"
+    )
+    first, *larger = map(int, sizes.split())
+    assert all(0 < size <= first for size in larger)
+    assert first < 0.15e9
+
+
 def test_the_dense_head_does_not():
     output = run_in_benchmarks("head_scaling.one_chip(head.dense, 2**21)")
     assert "RESOURCE_EXHAUSTED" in output

@@ -57,6 +57,8 @@ def test_help_and_readme(path):
         ("multilabel_digits", "--seeds 0 -1"),
         ("multilabel_digits", "--seeds 4294967296"),
         ("multilabel_digits", "--images 31"),
+        ("image_text_siglip", "--epochs 0"),
+        ("image_text_siglip", "--seeds 0 -1"),
         ("debian_dependencies", "--epochs 0"),
         ("debian_dependencies", "--seed -1"),
         ("debian_dependencies", "--seed 4294967296"),
@@ -82,6 +84,7 @@ def test_meaningless_numbers_are_refused(name, options, capsys):
     [
         ("multilabel_yeast", "load_yeast"),
         ("multilabel_digits", "load_data"),
+        ("image_text_siglip", "load_data"),
         ("debian_dependencies", "read_available"),
     ],
 )
@@ -300,6 +303,19 @@ def test_multilabel_digits_compares_four_losses(tmp_path, capsys):
     for picture in ("comparison.png", "predictions.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
     assert "asymmetric" in capsys.readouterr().out
+
+
+def test_image_text_siglip_finds_names_it_has_not_seen(tmp_path, capsys):
+    """On all eight virtual devices; chance is 0.1."""
+    options = ["--epochs", "10", "--seeds", "0", "--workdir", str(tmp_path)]
+    results = load("image_text_siglip").main(options)
+    (found,) = results["every match"]
+    assert found["names, known"] > 0.8
+    assert found["names, unseen"] > 0.7
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [*range(1, 11)] * 2
+    assert (tmp_path / "retrieval.png").stat().st_size > 10_000
+    assert "8 device(s)" in capsys.readouterr().out
 
 
 def test_distributed_head_agrees_with_one_device():

@@ -29,6 +29,17 @@ def test_python_block_runs(block):
         exec(compile(block, "block", "exec"), {"__name__": "block"})
 
 
+UPSTREAM = blocks("py", (ROOT / "docs/upstream.md").read_text())
+
+
+@pytest.mark.parametrize("block", UPSTREAM, ids=["rax", "numpyro", "TensorFlow"])
+def test_a_peer_that_may_be_absent_still_has_its_defect(block):
+    peer = re.findall(r"^import (\w+)", block, re.MULTILINE)[-1]
+    pytest.importorskip(peer, reason=f"{peer} is not installed")
+    with jax.numpy_rank_promotion("allow"):
+        exec(compile(block, "block", "exec"), {"__name__": "block"})
+
+
 def test_quick_start_is_one_block_of_two_commands():
     section = README.split("## Quick start")[1].split("\n## ")[0]
     (block,) = blocks("bash", section)

@@ -200,7 +200,7 @@ def linear_loss(
       >>> positives = jnp.array([[4, -1], [0, 2]])
       >>> focal = functools.partial(jaxbce.focal_loss, reduction="none")
       >>> print(round(float(jaxbce.linear_loss(focal, features, kernel, positives=positives)), 4))
-      0.2455
+      0.2275
 
     Source: `linear_bce_with_logits`, which is this function with its loss built in.
     """

@@ -15,7 +15,8 @@ from losses import LOSSES
 import jaxbce
 from jaxbce import _reduce
 
-pytestmark = pytest.mark.thorough
+# No test here asks what the compiler makes of a program.
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("compile_fast")]
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 ROWS, LABELS, WIDTH = 8, 24, 3

@@ -313,7 +313,7 @@ def test_batchmean_of_images_divides_by_the_images(rng):
     loss = LOSSES[0]
     scores, labels = loss.draw(rng, (3, 2, 4, 5))
     where = np.ones(scores.shape, bool)
-    where[1] = False
+    where[1], where[2, 0, 1] = False, False
     for mask, images in ((None, 3), (where, 2), (where[:, :1, :1, :1], 2), (where[0], 3)):
         total = loss.total(scores, labels, where=mask)
         got = loss.call(scores, labels, where=mask, reduction="batchmean")
@@ -754,10 +754,12 @@ def test_explicitly_sharded_inputs(loss, rng):
         jax.make_mesh((4, 2), ("batch", "labels"), explicit), Spec("batch", "labels")
     )
     fn = jax.jit(jax.value_and_grad(functools.partial(loss.call, **options)))
-    value, gradient = fn(*jax.device_put((scores, labels), sharding))
+    placed = jax.device_put((scores, labels), sharding)
+    value, gradient = fn(*placed)
     expected = exact_mean(loss, scores, labels, **options)
     chex.assert_trees_all_close((value, gradient), expected, rtol=1e-5, atol=1e-7)
     assert jax.typeof(gradient).sharding.spec == sharding.spec
+    assert jax.eval_shape(loss.unreduced, *placed).sharding.spec == sharding.spec
 
 
 # JAX follows what varies between devices for each kernel; without, all are alike.

@@ -13,6 +13,15 @@ settings.register_profile("repeatable", deadline=None, derandomize=True, max_exa
 settings.load_profile("repeatable")
 
 
+@pytest.fixture(scope="module")
+def compile_fast():
+    """For a module that does not ask what the compiler makes of a program."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+
+
 @pytest.fixture
 def mesh() -> jax.sharding.Mesh:
     return jax.make_mesh((4, 2), ("batch", "labels"), (jax.sharding.AxisType.Auto,) * 2)

@@ -174,6 +174,12 @@ dense_losses = pytest.mark.parametrize(
 every_kernel = pytest.mark.parametrize(
     "loss", [loss for loss in LOSSES if loss.own_kernel], ids=lambda loss: loss.name
 )
+# No two of which run the same code: every kernel, and the labels as ids.
+distinct_losses = pytest.mark.parametrize(
+    "loss",
+    [loss for loss in LOSSES if loss.own_kernel or not loss.dense],
+    ids=lambda loss: loss.name,
+)
 logit_losses = pytest.mark.parametrize(
     "loss",
     [loss for loss in LOSSES if not loss.probs and loss.own_kernel],

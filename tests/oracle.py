@@ -25,15 +25,22 @@ def sigmoid(x):
     return np.where(x >= 0, 1, t) / (1 + t)
 
 
+def bce_value(x, y, q=1.0):
+    return times(1 - y, softplus(x)) + times(q * y, softplus(-x))
+
+
+def bce_slope(x, y, q=1.0):
+    return (1 - y) * sigmoid(x) - q * y * sigmoid(-x)
+
+
 def bce_with_logits(x, y, q=1.0):
     """(value, derivative with respect to x)"""
-    value = times(1 - y, softplus(x)) + times(q * y, softplus(-x))
-    return value, (1 - y) * sigmoid(x) - q * y * sigmoid(-x)
+    return bce_value(x, y, q), bce_slope(x, y, q)
 
 
 def derivative(order, x, y):
     """The derivative of that order, from 0 to 2, of `bce_with_logits` with respect to x."""
-    return bce_with_logits(x, y)[order] if order < 2 else sigmoid(x) * sigmoid(-x)
+    return (bce_value, bce_slope)[order](x, y) if order < 2 else sigmoid(x) * sigmoid(-x)
 
 
 def bce(p, y):

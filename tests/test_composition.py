@@ -25,16 +25,8 @@ from heads import assert_close
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-pytestmark = pytest.mark.thorough
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_fast():
-    """No test here asks what the compiler makes of a program."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
+# No test here asks what the compiler makes of a program.
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("compile_fast")]
 
 
 def over(cases):

@@ -50,40 +50,44 @@ def assert_accurate(got, expected, logits, gamma):
     assert error[worst] <= 1, f"{error[worst]:.3g} of the bound at logit {logits[worst]}"
 
 
-def check_every_16_bit_logit(dtype, label, loss, exact, gamma):
+def check_every_16_bit_logit(dtype, loss, exact, gammas):
+    """With labels of 0 and 1, of which each has its gamma."""
     x = oracle.all_finite(dtype)
-    value, gradient = value_and_gradient(loss, x, jnp.full(x.shape, label))
-    expected = exact(np.asarray(x, np.float64), np.full(x.shape, float(label)))
-    assert_accurate(np.asarray(value), expected[0], x, gamma)
-    oracle.assert_within_ulp(0.51, gradient, expected[1], x, flushed=FLUSHED)
+    for label, gamma in enumerate(gammas):
+        value, gradient = value_and_gradient(loss, x, jnp.full(x.shape, label))
+        expected = exact(np.asarray(x, np.float64), np.full(x.shape, float(label)))
+        assert_accurate(np.asarray(value), expected[0], x, gamma)
+        oracle.assert_within_ulp(0.51, gradient, expected[1], x, flushed=FLUSHED)
 
 
-def check_float32_logits(rng, label, loss, exact, gamma):
-    """Everywhere, where the loss bends, and around the kinks of clip = 0.05, 0.1 and 0.2."""
+def check_float32_logits(rng, loss, exact, gammas):
+    """Everywhere, where the loss bends, and around the kinks of clip = 0.05, 0.1 and 0.2.
+
+    With labels of 0 and 1, of which each has its gamma.
+    """
     kinks = [rng.normal(-np.log(1 / clip - 1), 0.1, 2**14) for clip in (0.05, 0.1, 0.2)]
     x = np.concatenate([rng.uniform(-100, 100, 2**17), rng.normal(0, 3, 2**17), *kinks])
     x = x.astype(np.float32)
-    got = value_and_gradient(loss, x, np.full_like(x, label))
-    expected = exact(np.float64(x), np.full(x.shape, float(label)))
-    for got_, expected_ in zip(got, expected, strict=True):
-        assert_accurate(np.asarray(got_), expected_, x, gamma)
+    for label, gamma in enumerate(gammas):
+        got = value_and_gradient(loss, x, np.full_like(x, label))
+        expected = exact(np.float64(x), np.full(x.shape, float(label)))
+        for got_, expected_ in zip(got, expected, strict=True):
+            assert_accurate(np.asarray(got_), expected_, x, gamma)
 
 
 def focal_cases(gamma):
-    return [functools.partial(fn, gamma=gamma) for fn in (focal, oracle.focal)]
+    return *(functools.partial(fn, gamma=gamma) for fn in (focal, oracle.focal)), (gamma, gamma)
 
 
 @every_gamma
-@every_label
 @every_16_bit_dtype
-def test_focal_at_every_16_bit_logit(dtype, label, gamma):
-    check_every_16_bit_logit(dtype, label, *focal_cases(gamma), gamma)
+def test_focal_at_every_16_bit_logit(dtype, gamma):
+    check_every_16_bit_logit(dtype, *focal_cases(gamma))
 
 
 @pytest.mark.parametrize("gamma", [*GAMMAS, 0.7, 4.3], ids="gamma={}".format)
-@every_label
-def test_focal_in_float32(gamma, label, rng):
-    check_float32_logits(rng, label, *focal_cases(gamma), gamma)
+def test_focal_in_float32(gamma, rng):
+    check_float32_logits(rng, *focal_cases(gamma))
 
 
 ASYMMETRIC = [
@@ -99,22 +103,20 @@ every_setting = pytest.mark.parametrize(
 )
 
 
-def asymmetric_cases(options, label):
+def asymmetric_cases(options):
     losses = [functools.partial(fn, **options) for fn in (asymmetric, oracle.asymmetric)]
-    return *losses, options["gamma_pos" if label else "gamma_neg"]
+    return *losses, (options["gamma_neg"], options["gamma_pos"])
 
 
 @every_setting
-@every_label
 @every_16_bit_dtype
-def test_asymmetric_at_every_16_bit_logit(dtype, label, options):
-    check_every_16_bit_logit(dtype, label, *asymmetric_cases(options, label))
+def test_asymmetric_at_every_16_bit_logit(dtype, options):
+    check_every_16_bit_logit(dtype, *asymmetric_cases(options))
 
 
 @every_setting
-@every_label
-def test_asymmetric_in_float32(label, options, rng):
-    check_float32_logits(rng, label, *asymmetric_cases(options, label))
+def test_asymmetric_in_float32(options, rng):
+    check_float32_logits(rng, *asymmetric_cases(options))
 
 
 def exact_focal(x, y, gamma):
@@ -127,6 +129,7 @@ def exact_focal(x, y, gamma):
 DIFFERENCES = [{0: 1}, {-1: -0.5, 1: 0.5}, {-1: 1, 0: -2, 1: 1}, {-2: -0.5, -1: 1, 1: -1, 2: 0.5}]
 
 
+@functools.cache
 def exact_derivative(x, y, gamma, by_x, by_y):
     """Of the focal loss, by differences of 700 digits; as float, of which many would overflow."""
     with mpmath.workdps(700):
@@ -140,32 +143,40 @@ def exact_derivative(x, y, gamma, by_x, by_y):
 
 
 @pytest.mark.parametrize("gamma", [*GAMMAS, 0.7], ids="gamma={}".format)
-@every_label
-def test_focal_in_the_tails(gamma, label):
+def test_focal_in_the_tails(gamma):
     """Value, gradient and second derivative, also where p alone would underflow."""
     x = np.concatenate([TAILS, np.float32([-150, 150])])
-
-    def loss(x):
-        return focal(x, label, gamma=gamma)
-
-    first = jax.grad(loss)
-    for order, fn in enumerate((loss, first, jax.grad(first))):
-        expected = [exact_derivative(float(x_), label, gamma, order, 0) for x_ in x]
-        assert_accurate(np.asarray(jax.vmap(fn)(x)), np.array(expected), x, gamma)
+    first = jax.grad(functools.partial(focal, gamma=gamma))
+    orders = (functools.partial(focal, gamma=gamma), first, jax.grad(first))
+    derivatives = jax.jit(jax.vmap(lambda x, y: [fn(x, y) for fn in orders]))
+    for label in (0, 1):
+        for order, got in enumerate(derivatives(x, np.full_like(x, label))):
+            expected = [exact_derivative(float(x_), label, gamma, order, 0) for x_ in x]
+            assert_accurate(np.asarray(got), np.array(expected), x, gamma)
 
 
 HARD = [(x, 0) for x in (-300, -100, -60, -17, -1, 0, 1, 17, 100, 300)]
 POINTS = [*HARD, (-100, 1), (17, 1), (60, 1), (300, 1), (-100, 0.25), (-5, 0.25), (40, 0.25)]
 
 
-@pytest.mark.parametrize("gamma", [0.5, 1.0, 1.5, 2.0, 5.0], ids="gamma={}".format)
+# The default run has one of each kind: the exponents of the terms are always fractional, become
+# negative, or stay among those that are multiplied out.
+@pytest.mark.parametrize(
+    "gamma",
+    [0.5, 1.0, 2.0, *(pytest.param(gamma, marks=pytest.mark.thorough) for gamma in (1.5, 5.0))],
+    ids="gamma={}".format,
+)
 def test_every_derivative_up_to_the_third(gamma):
     """By logit and label in every order: finite and right wherever the true one is a float32."""
-    fn = functools.partial(focal, gamma=gamma)
-    second = jax.jacfwd(jax.grad(fn, (0, 1)), (0, 1))
-    x, y = np.float32(POINTS).T
-    for derivatives in (second, jax.jacfwd(second, (0, 1))):
-        leaves, _ = jax.tree_util.tree_flatten_with_path(jax.jit(jax.vmap(derivatives))(x, y))
+    second = jax.jacfwd(jax.grad(functools.partial(focal, gamma=gamma), (0, 1)), (0, 1))
+
+    def second_twice(*point):
+        derivatives = second(*point)
+        return derivatives, derivatives
+
+    third_and_second = jax.jit(jax.vmap(jax.jacfwd(second_twice, (0, 1), has_aux=True)))
+    for derivatives in third_and_second(*np.float32(POINTS).T):
+        leaves, _ = jax.tree_util.tree_flatten_with_path(derivatives)
         for path, got in leaves:
             by_y = sum(key.idx for key in path)
             by_x = len(path) - by_y
@@ -188,24 +199,38 @@ def test_every_derivative_up_to_the_third(gamma):
 def test_without_focus_is_bce_bit_for_bit(loss, rng):
     x = np.concatenate([rng.normal(0, 8, 500), [18.5, 25, 90, -90, np.inf]]).astype(np.float32)
     y = np.concatenate([rng.random(500), [0, 0, 0, 1, 1]]).astype(np.float32)
-    for fn in (lambda f: f, jax.grad, jax.hessian):
-        chex.assert_trees_all_equal(fn(loss)(x, y), fn(jaxbce.bce_with_logits)(x, y))
+
+    def derivatives(fn):
+        return jax.jit(lambda *point: [d(fn)(*point) for d in (jax.value_and_grad, jax.hessian)])
+
+    chex.assert_trees_all_equal(derivatives(loss)(x, y), derivatives(jaxbce.bce_with_logits)(x, y))
 
 
-@every_gamma
-@pytest.mark.parametrize("alpha", [None, 0.25], ids="alpha={}".format)
-@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-def test_agrees_with_optax_where_optax_is_right(gamma, alpha, soft, rng):
+@pytest.mark.parametrize(
+    ("gamma", "alpha"),
+    [(0.0, 0.25), (0.5, None), (1.0, 0.25), (1.5, 0.25), (2.0, None), (2.0, 0.25), (5.0, None)],
+    ids="{}".format,
+)
+def test_agrees_with_optax_where_optax_is_right(gamma, alpha, rng):
     x = rng.normal(0, 3, 200).astype(np.float32)
-    y = rng.uniform(0.01, 0.99, 200) if soft else rng.integers(0, 2, 200)
-    y = y.astype(np.float32)
-    ours = functools.partial(focal, gamma=gamma, alpha=alpha, reduction="none")
+
+    def value_and_gradients(fn):
+        def total(*point):
+            value = fn(*point, gamma=gamma, alpha=alpha)
+            return value.sum(), value
+
+        return jax.jit(jax.grad(total, (0, 1), has_aux=True))
+
+    ours = value_and_gradients(functools.partial(focal, reduction="none"))
     with jax.numpy_dtype_promotion("standard"):
-        theirs = functools.partial(optax.sigmoid_focal_loss, gamma=gamma, alpha=alpha)
-        np.testing.assert_allclose(ours(x, y), theirs(x, y), rtol=1e-4, atol=1e-7)
-        for argument in (0, 1) if soft else (0,):
-            slopes = [jax.grad(lambda *a, f=f: f(*a).sum(), argument)(x, y) for f in (ours, theirs)]
-            np.testing.assert_allclose(*slopes, rtol=1e-3, atol=1e-5)
+        theirs = value_and_gradients(optax.sigmoid_focal_loss)
+        for kind, y in (("soft", rng.uniform(0.01, 0.99, 200)), ("hard", rng.integers(0, 2, 200))):
+            y = y.astype(np.float32)
+            (slopes, value), (their_slopes, their_value) = ours(x, y), theirs(x, y)
+            np.testing.assert_allclose(value, their_value, rtol=1e-4, atol=1e-7, err_msg=kind)
+            for argument in (0, 1) if kind == "soft" else (0,):
+                got, expected = slopes[argument], their_slopes[argument]
+                np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-5, err_msg=kind)
 
 
 @every_gamma
@@ -219,18 +244,16 @@ def test_gradient_of_hard_labels(gamma):
         np.testing.assert_allclose(got, sign * p**gamma * focused, rtol=1e-5, atol=1e-30)
 
 
-@pytest.mark.parametrize("x", [-300.0, 300.0], ids="x={}".format)
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0], ids="gamma={}".format)
-def test_every_second_derivative_is_finite_at_hard_labels(gamma, x):
+def test_every_second_derivative_is_finite_at_hard_labels(gamma):
     """Of logits and labels; by label twice it is beyond float32 where gamma < 1."""
-    for label in (0.0, 1.0):
-        hessian = jax.hessian(functools.partial(focal, gamma=gamma), argnums=(0, 1))
-        (by_x, mixed), (_, by_y) = hessian(jnp.float32(x), jnp.float32(label))
-        assert np.isfinite([by_x, mixed]).all()
-        assert not np.isnan(by_y)
+    x, y = np.float32([(x, y) for x in (-300, 300) for y in (0, 1)]).T
+    hessian = jax.hessian(functools.partial(focal, gamma=gamma), argnums=(0, 1))
+    (by_x, mixed), (_, by_y) = jax.jit(jax.vmap(hessian))(x, y)
+    assert np.isfinite([by_x, mixed]).all()
+    assert not np.isnan(by_y).any()
 
 
-@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0], ids="gamma={}".format)
 @pytest.mark.parametrize(
     "loss",
     [
@@ -240,22 +263,30 @@ def test_every_second_derivative_is_finite_at_hard_labels(gamma, x):
     ],
     ids=["focal", "asymmetric", "with clip"],
 )
-def test_infinite_logits_two_derivatives(loss, gamma):
+def test_infinite_logits_two_derivatives(loss):
     """By logit twice 0, by logit and label finite: there the loss is linear or constant."""
+
+    @jax.jit
+    @jax.vmap
+    def second_derivatives(x, y):
+        """By gamma."""
+        slopes = {g: jax.grad(functools.partial(loss, gamma=g)) for g in (0.5, 1.0, 2.0)}
+        return {g: jax.grad(slope, (0, 1))(x, y) for g, slope in slopes.items()}
+
     x, y = np.float32([(x, y) for x in (np.inf, -np.inf) for y in (0, 1, 0.25)]).T
-    by_label = jax.vmap(jax.grad(jax.grad(functools.partial(loss, gamma=gamma), 1)))(x, y)
-    by_logit = jax.vmap(jax.grad(jax.grad(functools.partial(loss, gamma=gamma))))(x, y)
-    assert np.isfinite(by_label).all()
-    np.testing.assert_array_equal(by_logit, 0)
+    for gamma, (by_logit, by_label) in second_derivatives(x, y).items():
+        assert np.isfinite(by_label).all(), gamma
+        np.testing.assert_array_equal(by_logit, 0, err_msg=f"gamma={gamma}")
 
 
 def test_a_derivative_that_is_constant():
     """Without focus, by label twice and by logit once: 2 (1 - 2 alpha), whatever they are."""
     fn = functools.partial(focal, gamma=0, alpha=0.25)
-    third = jax.grad(jax.grad(jax.grad(fn, 1), 1), 0)
+    third_and_fourth = jax.jit(jax.value_and_grad(jax.grad(jax.grad(jax.grad(fn, 1), 1), 0)))
     for x, y in ((-3.0, 0.0), (0.5, 0.3), (40.0, 1.0)):
-        assert third(x, y) == pytest.approx(1, rel=4 * EPS)
-        assert jax.grad(third)(x, y) == 0
+        third, fourth = third_and_fourth(x, y)
+        assert third == pytest.approx(1, rel=4 * EPS)
+        assert fourth == 0
 
 
 def test_a_clip_alone(rng):
@@ -270,8 +301,10 @@ def test_a_clip_alone(rng):
 
 def test_negatives_below_the_clip_leave_no_trace():
     x = np.linspace(-20, -2.95, 50, dtype=np.float32)  # p < 0.05
-    for fn in (asymmetric, jax.grad(asymmetric), jax.hessian(asymmetric)):
-        assert not np.any(fn(x, np.zeros_like(x)))
+    orders = (asymmetric, jax.grad(asymmetric), jax.hessian(asymmetric))
+    derivatives = jax.jit(lambda x, y: [fn(x, y) for fn in orders])
+    for got in derivatives(x, np.zeros_like(x)):
+        assert not np.any(got)
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05], ids="clip={}".format)
@@ -280,7 +313,6 @@ def test_stop_focus_gradient(clip, rng):
     x, y = rng.normal(0, 3, 50).astype(np.float32), rng.random(50).astype(np.float32)
     fn = functools.partial(asymmetric, clip=clip, reduction="sum")
     stopped = functools.partial(fn, stop_focus_gradient=True)
-    np.testing.assert_allclose(stopped(x, y), fn(x, y), rtol=1e-6)
 
     def by_hand(x, y):
         p = jax.nn.sigmoid(x)
@@ -288,9 +320,15 @@ def test_stop_focus_gradient(clip, rng):
         weights = jax.lax.stop_gradient((1 - p, shifted**4))
         return jnp.sum(-y * weights[0] * jnp.log(p) - (1 - y) * weights[1] * jnp.log1p(-shifted))
 
-    for derivative in (jax.grad, jax.hessian):
-        expected = derivative(by_hand)(x, y)
-        np.testing.assert_allclose(derivative(stopped)(x, y), expected, rtol=1e-3, atol=1e-5)
+    @jax.jit
+    def ours(x, y):
+        return fn(x, y), stopped(x, y), jax.grad(stopped)(x, y), jax.hessian(stopped)(x, y)
+
+    value, *got = ours(x, y)
+    np.testing.assert_allclose(got.pop(0), value, rtol=1e-6)
+    expected = jax.jit(lambda x, y: [jax.grad(by_hand)(x, y), jax.hessian(by_hand)(x, y)])(x, y)
+    for derivative, expected_ in zip(got, expected, strict=True):
+        np.testing.assert_allclose(derivative, expected_, rtol=1e-3, atol=1e-5)
 
 
 # --- hyper-parameters --------------------------------------------------------------------------
@@ -330,18 +368,22 @@ def test_a_traced_gamma_of_the_asymmetric_loss_says_how_to_make_it_static():
         jax.jit(lambda gamma: asymmetric(TAILS, TAILS, gamma_neg=gamma))(2.0)
 
 
+def two_derivatives(gamma, x, y):
+    first = jax.grad(lambda x, y: focal(x, y, gamma=gamma, alpha=0.25))
+    return jax.vmap(jax.value_and_grad(first))(x, y)
+
+
+of_any_gamma = jax.jit(two_derivatives)
+
+
 @every_gamma
-@every_label
-def test_an_array_for_gamma_is_as_its_number(gamma, label):
+def test_an_array_for_gamma_is_as_its_number(gamma):
     """With two derivatives; within the rounding of the exponent, |log result| units of EPS."""
     x = np.concatenate([TAILS, np.float32([-np.inf, np.inf])])
-
-    def derivatives(gamma):
-        first = jax.grad(lambda x: focal(x, label, gamma=gamma, alpha=0.25))
-        return [jax.vmap(fn)(x) for fn in (first, jax.grad(first))]
-
-    for got, expected in zip(jax.jit(derivatives)(gamma), derivatives(gamma), strict=True):
-        np.testing.assert_allclose(got, expected, rtol=100 * EPS, atol=1e-30)
+    x, y = np.tile(x, 2), np.repeat(np.float32([0, 1]), len(x))
+    expected = jax.jit(functools.partial(two_derivatives, gamma))(x, y)
+    for got, expected_ in zip(of_any_gamma(np.float32(gamma), x, y), expected, strict=True):
+        np.testing.assert_allclose(got, expected_, rtol=100 * EPS, atol=1e-30)
 
 
 def test_gamma_and_alpha_are_mapped_and_differentiable(rng):
@@ -349,12 +391,13 @@ def test_gamma_and_alpha_are_mapped_and_differentiable(rng):
     x, y = rng.normal(0, 3, (4, 3)), rng.random((4, 3))
     gamma, alpha = rng.uniform(0.2, 3, 3), rng.random((4, 1))
 
-    def total(gamma, alpha):
+    def of_all(gamma, alpha):
         return jaxbce.sigmoid_focal_loss(x, y, gamma=gamma, alpha=alpha).sum()
 
     with jax.enable_x64(True):
-        first = jax.grad(total, (0, 1))
-        got = first(gamma, alpha)
+        slopes = jax.grad(of_all, (0, 1))
+        first, total = jax.jit(slopes), jax.jit(of_all)
+        got, hessian = first(gamma, alpha), jax.jit(jax.jacfwd(slopes))(gamma, alpha)
         assert [slope.shape for slope in got] == [(3,), (4, 1)]
         step = 1e-6
         for i in range(3):
@@ -365,7 +408,6 @@ def test_gamma_and_alpha_are_mapped_and_differentiable(rng):
                 (a - b) / (2 * step)
                 for a, b in zip(first(above, alpha), first(below, alpha), strict=True)
             ]
-            hessian = jax.jacfwd(first)(gamma, alpha)
             np.testing.assert_allclose(hessian[0][:, i], mixed[0], rtol=1e-5, atol=1e-8)
         gammas = np.stack([gamma, gamma / 2])
         mapped = jax.vmap(total, (0, None))(gammas, alpha)

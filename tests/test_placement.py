@@ -15,7 +15,8 @@ from losses import LOSSES
 import jaxbce
 from jaxbce import _reduce
 
-pytestmark = pytest.mark.thorough
+# No test here asks what the compiler makes of a program.
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("compile_fast")]
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 ROWS, LABELS, WIDTH = 8, 24, 3
@@ -112,13 +113,6 @@ KINDS = {
     "automatic and explicit": (AUTO, EXPLICIT),
     "automatic": (AUTO, AUTO),
 }
-# Where the first argument is, and where the others are.
-CASES = [
-    ("explicit", "sharded", "host"),
-    ("explicit", "sharded", "replicated"),
-    ("explicit", "host", "sharded"),
-    ("explicit and automatic", "sharded", "sharded"),
-]
 
 
 def mesh_of(kind):
@@ -133,49 +127,81 @@ def value_and_gradients(call, arguments):
     return jax.value_and_grad(lambda moving: jnp.sum(call(**(arguments | moving)) ** 2))(moving)
 
 
+def host_arguments(name):
+    return {argument: value for argument, (value, _) in CALLS[name][1].items()}
+
+
 @functools.cache
 def on_one_device(name):
-    call, arguments = CALLS[name]
-    host = {argument: value for argument, (value, _) in arguments.items()}
-    return jax.jit(functools.partial(value_and_gradients, call))(host)
+    call, _ = CALLS[name]
+    return jax.jit(functools.partial(value_and_gradients, call))(host_arguments(name))
 
 
-def place(value, spec, where, mesh):
+def shared_on(mesh, name):
+    return functools.partial(CALLS[name][0], mesh=mesh, **ON_A_MESH[name])
+
+
+def put(value, spec, where, mesh):
     spec = Spec(*spec) if where == "sharded" else Spec()
     return value if where == "host" else jax.device_put(value, NamedSharding(mesh, spec))
 
 
+# Where the first argument is, and where the others are.
+PLACES = [
+    ("explicit", "sharded", "host"),
+    ("explicit", "sharded", "replicated"),
+    ("explicit", "host", "sharded"),
+    ("explicit and automatic", "sharded", "sharded"),
+]
 # One of each kind in every place, since `_placement.compiled` runs them all; the others in one.
 KIN = ["bce_with_logits", "linear_bce_with_logits", "linear_top_k", "siglip_loss"]
-PLACES = [(name, *case) for name in CALLS for case in (CASES if name in KIN else CASES[:1])]
+# What also runs on a named mesh: the head and the pairs, each in some of the places.
+NAMED = {
+    PLACES[0]: ["linear_bce_with_logits", "linear_bce_with_logits, none"],
+    PLACES[1]: ["siglip_loss"],
+    PLACES[2]: ["linear_bce_with_logits", "siglip_loss"],
+    PLACES[3]: ["linear_bce_with_logits", "siglip_loss"],
+}
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "first", "others"),
+    "place",
     PLACES,
-    ids=[f"{place[0]}-{place[1]}: {place[2]} first, {place[3]} others" for place in PLACES],
+    ids=[f"{kind}: {first} first, {others} others" for kind, first, others in PLACES],
 )
-def test_the_place_of_an_argument_changes_nothing(name, kind, first, others):
+def test_the_place_of_an_argument_changes_nothing(place):
     """Not a value, not a gradient; with the devices left to the compiler or named."""
-    call, arguments = CALLS[name]
-    mesh = jax.make_mesh((4, 2), ("data", "model"), KINDS[kind])
+    kind, first, others = place
+    mesh = mesh_of(kind)
     placed = {
-        argument: place(*arguments[argument], where, mesh)
-        for argument, where in zip(arguments, [first] + [others] * len(arguments), strict=False)
+        name: {
+            argument: put(*value, where, mesh)
+            for (argument, value), where in zip(
+                arguments.items(), [first] + [others] * len(arguments), strict=False
+            )
+        }
+        for name, (_, arguments) in CALLS.items()
+        if name in KIN or place == PLACES[0]
     }
-    both = jax.jit(functools.partial(value_and_gradients, call))
-    expected = on_one_device(name)
-    assert_close(both(placed), expected)
-    if name in ON_A_MESH:
-        shared = functools.partial(call, mesh=mesh, **ON_A_MESH[name])
-        assert_close(jax.jit(functools.partial(value_and_gradients, shared))(placed), expected)
+    named = {name: shared_on(mesh, name) for name in NAMED[place]}
+
+    @jax.jit
+    def everything(placed):
+        """In one program: most of the time of many is that of preparing each."""
+        results = {n: value_and_gradients(CALLS[n][0], each) for n, each in placed.items()}
+        return results, {n: value_and_gradients(fn, placed[n]) for n, fn in named.items()}
+
+    results, on_named = everything(placed)
+    expected = {name: on_one_device(name) for name in placed}
+    assert_close(results, expected)
+    assert_close(on_named, {name: expected[name] for name in named})
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_checked_on_a_mesh_of_explicit_axes(name):
     call, arguments = CALLS[name]
-    mesh = jax.make_mesh((4, 2), ("data", "model"), KINDS["explicit"])
-    placed = {n: place(*value, "sharded", mesh) for n, value in arguments.items()}
+    mesh = mesh_of("explicit")
+    placed = {n: put(*value, "sharded", mesh) for n, value in arguments.items()}
     jaxbce.checked(jax.jit(call))(**placed)
 
 
@@ -183,28 +209,32 @@ def test_checked_on_a_mesh_of_explicit_axes(name):
 def test_an_eager_gradient_where_the_mesh_is_set(name):
     """Without `jax.set_mesh`, JAX itself refuses one on a mesh of explicit axes."""
     call, arguments = CALLS[name]
-    mesh = jax.make_mesh((4, 2), ("data", "model"), KINDS["explicit"])
-    placed = {n: place(*value, "sharded", mesh) for n, value in arguments.items()}
-    expected = value_and_gradients(call, {n: value for n, (value, _) in arguments.items()})
+    mesh = mesh_of("explicit")
+    placed = {n: put(*value, "sharded", mesh) for n, value in arguments.items()}
     with jax.set_mesh(mesh):
-        assert_close(value_and_gradients(call, placed), expected)
+        assert_close(value_and_gradients(call, placed), on_one_device(name))
 
 
-@pytest.mark.parametrize("name", ON_A_MESH)
-@pytest.mark.parametrize("kind", ["explicit", "automatic and explicit"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("linear_bce_with_logits", "explicit"),
+        ("linear_bce_with_logits, none", "automatic and explicit"),
+        ("siglip_loss", "explicit"),
+        ("siglip_loss", "automatic and explicit"),
+    ],
+)
 def test_an_eager_gradient_on_a_named_mesh_of_arrays_on_the_host(name, kind):
-    call, arguments = CALLS[name]
-    mesh = jax.make_mesh((4, 2), ("data", "model"), KINDS[kind])
-    host = {argument: value for argument, (value, _) in arguments.items()}
-    shared = functools.partial(call, mesh=mesh, **ON_A_MESH[name])
-    assert_close(value_and_gradients(shared, host), value_and_gradients(call, host))
+    shared = shared_on(mesh_of(kind), name)
+    assert_close(value_and_gradients(shared, host_arguments(name)), on_one_device(name))
 
 
 # --- in the shards of jax.shard_map --------------------------------------------------------------
 
 
+# Each in a program of its own, as one that JAX refuses should be named.
 SHARDED = [(name, True) for name in CALLS if name != "siglip_loss"]
-SHARDED += [(name, False) for name in KIN if name != "siglip_loss"]
+SHARDED += [(name, False) for name in ("bce_with_logits", "linear_bce_with_logits")]
 
 
 @pytest.mark.parametrize(
@@ -213,38 +243,45 @@ SHARDED += [(name, False) for name in KIN if name != "siglip_loss"]
 def test_in_shards_of_the_rows(name, check_vma):
     """Each device has its rows; what is the same on all gets the sum of the gradients of all."""
     call, arguments = CALLS[name]
-    mesh = jax.make_mesh((4, 2), ("data", "model"), KINDS["automatic"])
     by_row = {n: Spec("data" if "data" in spec else None) for n, (_, spec) in arguments.items()}
-    host = {n: value for n, (value, _) in arguments.items()}
 
-    def parts(arguments):
-        """The sum over devices of what each makes of its rows."""
+    def squares(arguments):
+        return jnp.sum(call(**arguments).astype(jnp.float32) ** 2)
 
-        def part(arguments):
-            result = call(**arguments)
-            return jax.lax.psum(jnp.sum(result.astype(jnp.float32) ** 2), "data")
+    parts = jax.shard_map(
+        lambda arguments: jax.lax.psum(squares(arguments), "data"),
+        mesh=mesh_of("automatic"),
+        in_specs=(by_row,),
+        out_specs=Spec(),
+        check_vma=check_vma,
+    )
+    got = jax.jit(functools.partial(of_all_floats, parts))(host_arguments(name))
+    assert_close(got, of_each_share(name, by_row, squares))
 
-        return jax.shard_map(
-            part, mesh=mesh, in_specs=(by_row,), out_specs=Spec(), check_vma=check_vma
-        )(arguments)
 
-    def dense(arguments):
-        total = 0.0
-        for i in range(4):
-            rows = slice(i * ROWS // 4, (i + 1) * ROWS // 4)
-            own = {n: v[rows] if by_row[n] == Spec("data") else v for n, v in arguments.items()}
-            total += jnp.sum(call(**own).astype(jnp.float32) ** 2)
-        return total
+def of_all_floats(fn, arguments):
+    """The value of `fn` of a dictionary, and its gradient where there are floats in it."""
+    moving = {n: v for n, v in arguments.items() if jnp.issubdtype(v.dtype, jnp.floating)}
+    return jax.value_and_grad(lambda moving: fn(arguments | moving))(moving)
 
-    def both(fn):
-        return jax.jit(lambda arguments: value_and_gradients(lambda **a: fn(a), arguments))(host)
 
-    assert_close(both(parts), both(dense))
+def of_each_share(name, by_row, squares):
+    """What `test_in_shards_of_the_rows` expects: four calls of one program, put together."""
+    arguments = host_arguments(name)
+    own = [n for n in arguments if by_row[n] == Spec("data")]
+    program = jax.jit(functools.partial(of_all_floats, squares))
+    shares = []
+    for rows in np.split(np.arange(ROWS), 4):
+        shares.append(program(arguments | {n: arguments[n][rows] for n in own}))
+    value = sum(value for value, _ in shares)
+    slopes = {n: [gradient[n] for _, gradient in shares] for n in shares[0][1]}
+    together = {n: np.concatenate(s) if n in own else sum(s) for n, s in slopes.items()}
+    return value, together
 
 
 def test_pairs_in_shards():
     """Images by device, texts the same on all."""
-    mesh = jax.make_mesh((4, 2), ("data", "model"), KINDS["automatic"])
+    mesh = mesh_of("automatic")
     images, texts = PAIRS["image_embeddings"][0], normal(2, WIDTH)
 
     def loss(images, texts):
@@ -282,33 +319,43 @@ def with_options(name):
     call, _ = CALLS[name]
     plain = getattr(call, "func", call)
     if name == "siglip_loss":
-        return [("", plain)]  # no chunk_size: it divides a known number of texts
+        return {name: plain}  # no chunk_size: it divides a known number of texts
     if "reduction" not in inspect.signature(plain).parameters:
-        return [("", call)]
+        return {name: call}
     some = REDUCTIONS if name in KIN else REDUCTIONS[:1]
-    return [(f", {how}", functools.partial(plain, reduction=how)) for how in some]
+    return {f"{name}, {how}": functools.partial(plain, reduction=how) for how in some}
 
 
-EXPORTED = {
-    name + option: (call, CALLS[name][1])
-    for name in CALLS
-    if ", " not in name
-    for option, call in with_options(name)
+# In programs of many: most of the time of one is that of preparing it.
+EXPORTED = {name: with_options(name) for name in ("bce_with_logits", "linear_bce_with_logits")}
+EXPORTED["the others"] = {
+    name: call
+    for other in CALLS
+    if ", " not in other and other not in EXPORTED
+    for name, call in with_options(other).items()
 }
 
 
-@pytest.mark.parametrize(("call", "arguments"), EXPORTED.values(), ids=list(EXPORTED))
-def test_export_with_a_symbolic_batch(call, arguments):
+@pytest.mark.parametrize("calls", EXPORTED.values(), ids=list(EXPORTED))
+def test_export_with_a_symbolic_batch(calls):
     (batch,) = jax.export.symbolic_shape("batch")
-    symbolic = {
-        n: jax.ShapeDtypeStruct((batch, *v.shape[1:]) if n in BATCHED else v.shape, v.dtype)
-        for n, (v, _) in arguments.items()
-    }
-    fn = jax.jit(functools.partial(value_and_gradients, call))
-    exported = jax.export.export(fn)(symbolic)
-    for rows in (1, 5) if call is jaxbce.bce_with_logits else (5,):
-        host = {n: v[:rows] if n in BATCHED else v for n, (v, _) in arguments.items()}
-        assert_close(exported.call(host), fn(host))
+    arguments = {name: host_arguments(name.split(",")[0]) for name in calls}
+
+    def batched(change):
+        return {
+            name: {n: change(v) if n in BATCHED else v for n, v in each.items()}
+            for name, each in arguments.items()
+        }
+
+    @jax.jit
+    def everything(arguments):
+        return {n: value_and_gradients(calls[n], each) for n, each in arguments.items()}
+
+    symbolic = batched(lambda v: jax.ShapeDtypeStruct((batch, *v.shape[1:]), v.dtype))
+    exported = jax.export.export(everything)(symbolic)
+    for rows in (1, 5) if "bce_with_logits, mean" in calls else (5,):
+        some = batched(lambda v, rows=rows: v[:rows])
+        assert_close(exported.call(some), everything(some))
 
 
 @pytest.mark.parametrize("mask", [(ROWS, 1), (LABELS,), ()], ids=["rows", "labels", "scalar"])

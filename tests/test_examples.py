@@ -3,11 +3,14 @@
 import importlib.util
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 
 import jax
+import nbclient
+import nbformat
 import pytest
 
 pytestmark = pytest.mark.thorough
@@ -26,6 +29,17 @@ def load(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_the_tour_runs():
+    """As in a fresh hosted machine, but for the installation."""
+    tour = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
+    nbclient.NotebookClient(tour, timeout=600, kernel_name="python3").execute()
+    texts = [output.get("data", {}) for cell in tour.cells for output in cell.get("outputs", [])]
+    (found,) = re.findall(r"(\d+)% are right", str(texts))
+    assert int(found) > 40
+    assert sum("image/png" in data for data in texts) == 4
+    assert (EXAMPLES / "tour.ipynb").stat().st_size < 200_000
 
 
 def interrupt(*_, **__):

@@ -25,6 +25,7 @@ AXES = {
     "batch": {"batch_axis": "data"},
     "labels": {"label_axis": "model"},
 }
+every_layout = pytest.mark.parametrize("axes", AXES.values(), ids=AXES)
 
 
 @pytest.fixture

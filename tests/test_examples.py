@@ -331,4 +331,5 @@ def test_multilabel_digits_compares_four_losses(tmp_path, capsys):
 def test_distributed_head_agrees_with_one_device():
     command = [sys.executable, str(EXAMPLES / "distributed_head.py"), "--steps", "2"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "of the positives are among the 4 top labels" in output
     assert "2 processes, mesh {'batch': 2, 'labels': 2}: largest difference" in output

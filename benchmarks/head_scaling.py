@@ -1,14 +1,17 @@
-"""Claim: beside kernel and gradients the chunked head needs megabytes for any number of labels, and
-from 2^14 labels on at most 1 / 2.5 of the time of a dense optax head. Of 2^20 labels the dense one
-needs 5.4 GB on a CPU and 12.9 GB compiled for a TPU v5e, where 2^21 do not fit; chunked, 2^26 fit
-64 chips.
+"""Claims, of a step of training with Adam by the number of labels, parameters and state donated:
+beside these `linear_update` needs megabytes for any number of labels, gradient and optimizer apart
+also the gradient of the kernel, a dense optax head that and logits, of which a TPU v5e does not
+hold 2^21. On a CPU a step of `linear_update` takes at most the time of the chunked head's gradient
+and the optimizer apart (0.8 is the aim). Of labels with SGD a v5e holds more by `linear_update`
+than with a gradient. Of value and gradients alone, 2^26 labels fit 64 chips.
 
-    pip install "jax[tpu]" optax matplotlib && python benchmarks/head_scaling.py [cpu] [tpu] [plot]
+    pip install "jax[tpu]" optax matplotlib
+    python benchmarks/head_scaling.py [cpu] [tpu] [limits] [plot]
 
-Value and gradients for features, kernel and bias. `cpu`: batch 256, width 128, float32; memory by
-the compiler, the time measured. `tpu`: batch 1024, width 768, bfloat16; no TPU is needed, its
-compiler runs on any machine and reports what the program will hold. Without arguments: all three.
-Writes benchmarks/results/head_scaling.json and docs/head.png.
+`cpu`: batch 256, width 128, float32; memory by the compiler, the time measured. `tpu`: batch 1024,
+width 768, bfloat16; no TPU is needed, its compiler runs on any machine and reports what the program
+will hold. `limits` searches what a v5e holds. Without arguments: all four. Writes
+benchmarks/results/head_scaling.json and docs/head.png.
 """
 
 import os
@@ -21,6 +24,7 @@ os.environ |= {
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 
+import bisect
 import functools
 import json
 import pathlib
@@ -30,6 +34,7 @@ import head
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -42,27 +47,44 @@ TPU_LABELS = [2**power for power in (16, 18, 20, 21, 22)]
 RINGS = [("v5e:2x2", 4), ("v5e:4x4", 16), ("v5e:8x8", 64)]
 CPU_LIMIT = 8e9  # bytes of temporaries beyond which a step is not run
 CELLS = 2**23  # logits of a chunk for which `chunk_size=None` aims on a TPU
+HBM = 63 * 2**28  # bytes of a v5e
 FLOOR = 1e6  # what is drawn for less: on the TPU a chunk may stay in on-chip memory
-COLORS = {"dense": "C1", "chunked": "C0"}
+COLORS = {"dense": "C1", "chunked": "C0", "update": "C2"}
 STYLES = {"tpu": {"marker": "o"}, "cpu": {"marker": "s", "linestyle": (0, (2, 1))}}
 
 
-def temporaries(variant, batch, width, labels, dtype, mesh, axes=(None, None)):
-    """Bytes beyond arguments and results; None where the compiler says that it does not fit."""
+def abstract_operands(batch, width, labels, dtype, mesh, axes=(None, None)):
+    """Features, kernel, bias and positives."""
 
     def array(shape, dtype, *spec):
         sharding = NamedSharding(mesh, PartitionSpec(*spec))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     by_batch, by_label = axes
-    arguments = (
+    return (
         array((batch, width), dtype, by_batch, None),
         array((width, labels), dtype, None, by_label),
         array((labels,), dtype, by_label),
         array((batch, 8), jnp.int32, by_batch, None),
     )
+
+
+def abstract_step(optimizer, *shape, mesh):
+    """Parameters, state, features and positives, on a mesh of one device."""
+    features, kernel, bias, positives = abstract_operands(*shape, mesh)
+    params = {"kernel": kernel, "bias": bias}
+    here = NamedSharding(mesh, PartitionSpec())
+    state = jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=here),
+        jax.eval_shape(optimizer.init, params),
+    )
+    return params, state, features, positives
+
+
+def temporaries(variant, arguments, donated=0):
+    """Bytes beyond arguments and results; None where the compiler says that it does not fit."""
     try:
-        compiled = jax.jit(variant).lower(*arguments).compile()
+        compiled = jax.jit(variant, donate_argnums=range(donated)).lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         print(str(error).splitlines()[0][:160])
         return None
@@ -80,16 +102,18 @@ def report(labels, sizes, seconds):
 
 def measure_cpu():
     mesh = Mesh(np.array(jax.devices()[:1]), ("all",))
-    variants, rows = {"dense": head.dense, "chunked": head.chunked()}, []
+    variants, rows = head.steps(head.ADAM), []
     for labels in CPU_LABELS:
+        arguments = abstract_step(head.ADAM, 256, 128, labels, jnp.float32, mesh=mesh)
         sizes = {
-            name: temporaries(variant, 256, 128, labels, jnp.float32, mesh)
-            for name, variant in variants.items()
+            name: temporaries(variant, arguments, donated=2) for name, variant in variants.items()
         }
         fitting = {name: variants[name] for name, size in sizes.items() if size <= CPU_LIMIT}
         rounds = 15 if labels < 2**17 else 5
-        seconds = head.medians(fitting, head.draw(256, 128, labels), rounds)
+        drawn = head.draw_step(head.ADAM, 256, 128, labels)
+        seconds = head.medians(fitting, drawn, rounds, donated=2)
         rows.append(report(labels, sizes, seconds))
+        print(f"  update / chunked = {seconds['update'] / seconds['chunked']:.2f}", flush=True)
     return rows
 
 
@@ -99,14 +123,36 @@ def mesh_of(topology, *shape):
 
 
 def one_chip(variant, labels):
-    return temporaries(variant, 1024, 768, labels, jnp.bfloat16, mesh_of("v5e:2x2", 1, 1))
+    """Of the value and the gradients of the head."""
+    chip = mesh_of("v5e:2x2", 1, 1)
+    return temporaries(variant, abstract_operands(1024, 768, labels, jnp.bfloat16, chip))
+
+
+def step_on_one_chip(way, labels, optimizer=head.ADAM):
+    arguments = abstract_step(
+        optimizer, 1024, 768, labels, jnp.bfloat16, mesh=mesh_of("v5e:2x2", 1, 1)
+    )
+    variant = head.steps(optimizer, chunk_size=CELLS // 1024)[way]
+    return temporaries(variant, arguments, donated=2)
+
+
+def most_labels(way, copies, block=2**18):
+    """Of which one chip holds a step of SGD, in blocks, where so many kernels have to fit."""
+    sgd = optax.sgd(1e-3)
+    blocks = range(1, HBM // (copies * 768 * 2 * block) + 2)
+
+    def too_many(count):
+        return step_on_one_chip(way, count * block, sgd) is None
+
+    start = len(blocks) // 2
+    return bisect.bisect_left(blocks, True, lo=start, key=too_many) * block
 
 
 def each_of_64_chips(labels):
     chips, axes = mesh_of("v5e:8x8", 4, 16), ("data", "model")
     options = {"mesh": chips, "batch_axis": "data", "label_axis": "model"}
     sharded = head.chunked(chunk_size=CELLS // 256, **options)
-    return temporaries(sharded, 1024, 768, labels, jnp.bfloat16, chips, axes)
+    return temporaries(sharded, abstract_operands(1024, 768, labels, jnp.bfloat16, chips, axes))
 
 
 def each_of_a_ring(topology, chips):
@@ -126,17 +172,25 @@ def each_of_a_ring(topology, chips):
 
 
 def compile_tpu():
-    variants = {"dense": head.dense, "chunked": head.chunked(chunk_size=CELLS // 1024)}
     rows = []
     for labels in TPU_LABELS:
-        sizes = {name: one_chip(variant, labels) for name, variant in variants.items()}
+        sizes = {name: step_on_one_chip(name, labels) for name in COLORS}
         rows.append(report(labels, sizes, {}))
-    print("on each of 64 chips:")
+    return rows
+
+
+def find_limits():
+    limits = {
+        name: most_labels(name, copies) for name, copies in {"chunked": 2, "update": 1}.items()
+    }
+    for name, labels in limits.items():
+        print(f"SGD, {name}: {labels:,} labels fit one chip", flush=True)
+    print("value and gradients on each of 64 chips:")
     report(2**26, {"chunked": each_of_64_chips(2**26)}, {})
     for topology, chips in RINGS:
         size = each_of_a_ring(topology, chips)
         print(f"a ring of {chips} chips, 8192 pairs on each: {size / 1e6:.1f} MB of temporaries")
-    return rows
+    return limits
 
 
 def draw_line(axis, points, limit, name, **style):
@@ -159,9 +213,9 @@ def draw(results):
     for axis in (memory, time):
         axis.set(xscale="log", yscale="log", xlabel="labels")
         axis.grid(alpha=0.3)
-    memory.set_title("memory beside kernel and gradients")
+    memory.set_title("memory of a step beside parameters and state of Adam")
     memory.set_yticks([1e6, 1e7, 1e8, 1e9, 1e10], ["≤ 1 MB", "10 MB", "100 MB", "1 GB", "10 GB"])
-    time.set_title("time of a step on two CPU cores")
+    time.set_title("time of a step with Adam on two CPU cores")
     time.set_yticks([1e-3, 1e-2, 1e-1, 1, 10], ["1 ms", "10 ms", "0.1 s", "1 s", "10 s"])
     ticks = {12: "4k", 14: "16k", 16: "65k", 18: "262k", 20: "1M", 22: "4M"}
     time.set_xticks([2**power for power in ticks], ticks.values())
@@ -179,6 +233,7 @@ def draw(results):
     keys = {
         "dense optax head": {"color": COLORS["dense"]},
         "chunked head": {"color": COLORS["chunked"]},
+        "linear_update": {"color": COLORS["update"]},
         "TPU v5e, by its compiler": {"color": "grey", **STYLES["tpu"]},
         "CPU": {"color": "grey", **STYLES["cpu"]},
         "does not fit (CPU: over 8 GB)": {"color": "C3", "marker": "X", "linestyle": ""},
@@ -187,15 +242,16 @@ def draw(results):
         plt.Line2D([], [], linewidth=3, markersize=9, label=label, **key)
         for label, key in keys.items()
     ]
-    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize=12)
+    figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=12)
     PICTURE.parent.mkdir(exist_ok=True)
     figure.savefig(PICTURE, dpi=130)
 
 
 def main():
-    parts = sys.argv[1:] or ["cpu", "tpu", "plot"]
+    parts = sys.argv[1:] or ["cpu", "tpu", "limits", "plot"]
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name, measure in {"cpu": measure_cpu, "tpu": compile_tpu}.items():
+    measures = {"cpu": measure_cpu, "tpu": compile_tpu, "limits": find_limits}
+    for name, measure in measures.items():
         if name in parts:
             results |= {"jax": jax.__version__, name: measure()}
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")

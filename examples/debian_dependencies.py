@@ -33,6 +33,7 @@ import hashlib
 import json
 import re
 import shutil
+import statistics
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -59,7 +60,9 @@ VOCABULARY, TEST_PART, CUTOFFS = 15_000, 5, (1, 3, 5)
 WIDTH, BATCH, LEARNING_RATE, DECAY = 64, 256, 4e-2, 0.1
 
 
+Run = dict[str, Any]  # the model and the two optimizers
 State = dict[str, nnx.State]
+Results = dict[str, list[list[float]]]  # by way and seed, the precision at each of CUTOFFS
 
 
 class Package(NamedTuple):
@@ -169,21 +172,12 @@ def pad(rows: list[list[str]], names: list[str], fill: int) -> np.ndarray:
     return table
 
 
-class Classifier(nnx.Module):
-    """The sum of the word vectors, weighted by rarity and scaled to unit weight; then the head."""
+class Encoder(nnx.Module):
+    """The sum of the word vectors, weighted by rarity and scaled to unit weight."""
 
-    def __init__(self, num_words: int, num_labels: int, rngs: nnx.Rngs) -> None:
+    def __init__(self, num_words: int, rngs: nnx.Rngs) -> None:
         self.vectors = nnx.Param(jax.random.normal(rngs.params(), (num_words + 1, WIDTH)))
         self.rarity = nnx.Variable(jnp.zeros(num_words + 1))
-        self.head = MultiLabelHead(WIDTH, num_labels, rngs=rngs)
-
-    def fit_frequencies(self, part: Part) -> None:
-        """The rarity of a word is log(packages / packages with it); that of the padding is 0."""
-        counts = np.bincount(part.words.ravel(), minlength=len(self.rarity)).clip(1)
-        counts[-1] = len(part.words)
-        self.rarity[...] = jnp.asarray(np.log(len(part.words) / counts), jnp.float32)
-        num_labels = self.head.num_labels
-        self.head.bias[...] = jaxbce.prior_bias(positives=part.positives, num_labels=num_labels)
 
     def __call__(self, words: jax.Array) -> jax.Array:
         weights = self.rarity[...][words]
@@ -191,57 +185,103 @@ class Classifier(nnx.Module):
         return total / jnp.maximum(jnp.linalg.norm(weights, axis=1, keepdims=True), 1e-6)
 
 
+class Classifier(nnx.Module):
+    def __init__(self, num_words: int, num_labels: int, rngs: nnx.Rngs) -> None:
+        self.encoder = Encoder(num_words, rngs)
+        self.head = MultiLabelHead(WIDTH, num_labels, rngs=rngs)
+
+    def fit_frequencies(self, part: Part) -> None:
+        """The rarity of a word is log(packages / packages with it); that of the padding is 0."""
+        counts = np.bincount(part.words.ravel(), minlength=len(self.encoder.rarity)).clip(1)
+        counts[-1] = len(part.words)
+        self.encoder.rarity[...] = jnp.asarray(np.log(len(part.words) / counts), jnp.float32)
+        num_labels = self.head.num_labels
+        self.head.bias[...] = jaxbce.prior_bias(positives=part.positives, num_labels=num_labels)
+
+
+def update_step(run: Run, words: jax.Array, positives: jax.Array) -> jax.Array:
+    """The head steps inside its pass over the labels; its gradients never exist as a whole."""
+    model = run["model"]
+    graph, vectors, rest = nnx.split(model.encoder, nnx.Param, ...)
+    features, backward = jax.vjp(lambda vectors: nnx.merge(graph, vectors, rest)(words), vectors)
+    loss, slope = model.head.update(
+        run["head optimizer"], features, positives=positives, reduction="batchmean"
+    )
+    run["encoder optimizer"].update(model.encoder, *backward(slope))
+    return loss
+
+
 def chunked_loss(model: Classifier, words: jax.Array, positives: jax.Array) -> jax.Array:
-    return model.head.loss(model(words), positives=positives, reduction="batchmean")
+    return model.head.loss(model.encoder(words), positives=positives, reduction="batchmean")
 
 
 def dense_loss(model: Classifier, words: jax.Array, positives: jax.Array) -> jax.Array:
     """The same number from optax, which needs dense logits and labels."""
     labels = jaxbce.multi_hot(positives, model.head.num_labels)
-    losses = optax.sigmoid_binary_cross_entropy(model.head(model(words)), labels)
+    losses = optax.sigmoid_binary_cross_entropy(model.head(model.encoder(words)), labels)
     return losses.sum(axis=-1).mean()
+
+
+def gradient_step(loss: Any, run: Run, words: jax.Array, positives: jax.Array) -> jax.Array:
+    """Gradients of everything, then the optimizers."""
+    model = run["model"]
+    value, gradients = nnx.value_and_grad(loss)(model, words, positives)
+    for part in ("encoder", "head"):
+        run[f"{part} optimizer"].update(getattr(model, part), gradients[part])
+    return value
+
+
+WAYS = {
+    "head.update": update_step,
+    "chunked loss": functools.partial(gradient_step, chunked_loss),
+    "dense optax head": functools.partial(gradient_step, dense_loss),
+}
 
 
 @nnx.jit(static_argnames="k")
 def top_labels(model: Classifier, words: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The k likeliest dependencies: probabilities and labels."""
-    logits, labels = model.head.top_k(model(words), k)
+    logits, labels = model.head.top_k(model.encoder(words), k)
     return nnx.sigmoid(logits), labels
 
 
-class Trainer:
-    """A model and its optimizer, trained with one of the two losses."""
+def states(run: Run) -> State:
+    return {name: nnx.state(module) for name, module in run.items()}
 
-    def __init__(self, data: Data, seed: int, loss: Any) -> None:
+
+class Trainer:
+    """A model and its optimizers, trained in one of the WAYS."""
+
+    def __init__(self, data: Data, seed: int, way: str) -> None:
         self.data = data
         self.seed = seed
+        self.way = way
         self.batch = min(BATCH, len(data.train.words))
         self.steps = len(data.train.words) // self.batch
-        self.model = Classifier(len(data.words), len(data.labels), nnx.Rngs(seed))
-        self.model.fit_frequencies(data.train)
+        model = Classifier(len(data.words), len(data.labels), nnx.Rngs(seed))
+        model.fit_frequencies(data.train)
         # Whatever the number of epochs, so that a resumed run is the same run.
-        rate = optax.exponential_decay(LEARNING_RATE, self.steps, DECAY)
-        self.optimizer = nnx.Optimizer(self.model, optax.adam(rate), wrt=nnx.Param)
-        model_graph, optimizer_graph = nnx.graphdef(self.model), nnx.graphdef(self.optimizer)
+        adam = optax.adam(optax.exponential_decay(LEARNING_RATE, self.steps, DECAY))
+        self.run: Run = {
+            "model": model,
+            "encoder optimizer": nnx.Optimizer(model.encoder, adam, wrt=nnx.Param),
+            "head optimizer": nnx.Optimizer(model.head, adam, wrt=nnx.Param),
+        }
+        graphs = {name: nnx.graphdef(module) for name, module in self.run.items()}
 
         @functools.partial(jax.jit, donate_argnums=0)
         def step(state: State, words: jax.Array, positives: jax.Array) -> tuple[State, jax.Array]:
-            model = nnx.merge(model_graph, state["model"])
-            optimizer = nnx.merge(optimizer_graph, state["optimizer"])
-            value, gradients = nnx.value_and_grad(loss)(model, words, positives)
-            optimizer.update(model, gradients)
-            return {"model": nnx.state(model), "optimizer": nnx.state(optimizer)}, value
+            run = {name: nnx.merge(graphs[name], part) for name, part in state.items()}
+            loss = WAYS[way](run, words, positives)
+            return states(run), loss
 
         example = (part[: self.batch] for part in data.train)
-        self.step = step.lower(self.state(), *example).compile()
-        self.seconds = 0.0
-
-    def state(self) -> State:
-        return {"model": nnx.state(self.model), "optimizer": nnx.state(self.optimizer)}
+        self.step = step.lower(states(self.run), *example).compile()
+        self.seconds: list[float] = []
 
     def set_state(self, state: State) -> None:
-        nnx.update(self.model, state["model"])
-        nnx.update(self.optimizer, state["optimizer"])
+        for name, part in state.items():
+            nnx.update(self.run[name], part)
 
     def megabytes(self) -> float:
         """What a step holds at its peak, state and batch included, according to the compiler."""
@@ -249,18 +289,21 @@ class Trainer:
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes
         return (held + memory.temp_size_in_bytes - memory.alias_size_in_bytes) / 1e6
 
-    def train_epoch(self, epoch: int, title: str) -> float:
+    def train_epoch(self, epoch: int, epochs: int) -> float:
         """Trains one epoch, in an order that only seed and epoch decide; returns its mean loss."""
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.data.train.words))
+        title = f"{self.way}, seed {self.seed}, epoch {epoch}/{epochs}"
         starts = tqdm(range(0, self.steps * self.batch, self.batch), title, disable=None)
-        started, state, losses = time.perf_counter(), self.state(), []
+        state, losses = states(self.run), []
         for start in starts:
             rows = order[start : start + self.batch]
-            state, loss = self.step(state, *(part[rows] for part in self.data.train))
-            losses.append(loss)
-        mean = float(jnp.stack(losses).mean())
-        self.seconds += time.perf_counter() - started
+            batch = [part[rows] for part in self.data.train]
+            started = time.perf_counter()
+            state, loss = self.step(state, *batch)
+            losses.append(float(loss))
+            self.seconds.append(time.perf_counter() - started)
         self.set_state(state)
+        mean = float(np.mean(losses))
         print(f"{title}: loss {mean:.3f}", flush=True)
         return mean
 
@@ -268,7 +311,7 @@ class Trainer:
         """The max(CUTOFFS) likeliest labels of each row."""
         k = min(max(CUTOFFS), len(self.data.labels))
         parts = (words[start : start + 1024] for start in range(0, len(words), 1024))
-        return np.concatenate([top_labels(self.model, part, k)[1] for part in parts])
+        return np.concatenate([top_labels(self.run["model"], part, k)[1] for part in parts])
 
 
 def precisions(best: np.ndarray, positives: np.ndarray) -> list[float]:
@@ -300,18 +343,19 @@ def restore(checkpoints: ocp.CheckpointManager, target: State) -> State:
 
 
 def train(data: Data, args: argparse.Namespace) -> Trainer:
-    """Trains the chunked head up to args.epochs; saves names once and the state every epoch."""
-    names = Names(args.seed, data.words, data.labels)
+    """Trains the first seed up to args.epochs; saves names once and the state every epoch."""
+    seed = args.seeds[0]
+    names = Names(seed, data.words, data.labels)
     if not args.resume:
         shutil.rmtree(args.workdir / "checkpoints")
         (args.workdir / NAMES).write_text(json.dumps(names._asdict()))
-    trainer = Trainer(data, args.seed, chunked_loss)
+    trainer = Trainer(data, seed, "head.update")
     with open_checkpoints(args.workdir) as checkpoints:
         done = checkpoints.latest_step() or 0
         if args.resume:
             if not done or read_names(args.workdir) != names:
                 raise SystemExit(
-                    f"No run of these data and seed {args.seed} to resume in {args.workdir}: run "
+                    f"No run of these data and seed {seed} to resume in {args.workdir}: run "
                     "without --resume to start anew."
                 )
             if done > args.epochs:
@@ -319,35 +363,54 @@ def train(data: Data, args: argparse.Namespace) -> Trainer:
                     f"The run in {args.workdir} has {done} epochs, more than --epochs "
                     f"{args.epochs}: give --epochs {done} or more."
                 )
-            trainer.set_state(restore(checkpoints, trainer.state()))
+            trainer.set_state(restore(checkpoints, states(trainer.run)))
         for epoch in range(done + 1, args.epochs + 1):
-            trainer.train_epoch(epoch, f"chunked head, epoch {epoch}/{args.epochs}")
-            parts = {name: ocp.args.StandardSave(part) for name, part in trainer.state().items()}
+            trainer.train_epoch(epoch, args.epochs)
+            parts = {
+                name: ocp.args.StandardSave(part) for name, part in states(trainer.run).items()
+            }
             checkpoints.save(epoch, args=ocp.args.Composite(**parts))
     return trainer
 
 
-def compare(data: Data, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Trains, prints the table and returns its precisions."""
+def compare(data: Data, args: argparse.Namespace) -> Results:
+    """Trains, prints the table and returns the precisions of every way, one list per seed."""
     sizes = (len(data.train.words), len(data.test.words), len(data.words), len(data.labels))
     print(
         "{:,} packages to train, {:,} to test, {:,} words, {:,} labels".format(*sizes), flush=True
     )
-    trainers = {"chunked head": train(data, args)}
-    if args.dense:
-        dense = trainers["dense optax head"] = Trainer(data, args.seed, dense_loss)
-        for epoch in range(1, args.epochs + 1):
-            dense.train_epoch(epoch, f"dense head, epoch {epoch}/{args.epochs}")
     frequent = np.arange(max(CUTOFFS))[None]  # labels are numbered by their frequency
-    rows = {"label frequencies": (precisions(frequent, data.test.positives), "")}
-    for name, trainer in trainers.items():
-        cost = f"{trainer.seconds:>10.1f} s {trainer.megabytes():>10.0f} MB"
-        best = trainer.best_labels(data.test.words)
-        rows[name] = (precisions(best, data.test.positives), cost)
-    print(f"{'test part':<20}{'P@1':>8}{'P@3':>8}{'P@5':>8}{'training':>12}{'peak of a step':>17}")
-    for name, (values, cost) in rows.items():
-        print(f"{name:<20}" + "".join(f"{value:>8.4f}" for value in values) + cost)
-    return {name: values for name, (values, _) in rows.items()}
+    results = {"label frequencies": [precisions(frequent, data.test.positives)]}
+    costs = {"label frequencies": ""}
+    saved = train(data, args)
+    for way in WAYS if args.compare else ("head.update",):
+        results[way], seconds = [], []
+        for seed in args.seeds:
+            if (way, seed) == (saved.way, saved.seed):
+                trainer = saved
+            else:
+                trainer = Trainer(data, seed, way)
+                for epoch in range(1, args.epochs + 1):
+                    trainer.train_epoch(epoch, args.epochs)
+            best = trainer.best_labels(data.test.words)
+            results[way].append(precisions(best, data.test.positives))
+            seconds += trainer.seconds
+        milliseconds = f"{1e3 * statistics.median(seconds):.1f}" if seconds else "-"
+        costs[way] = f"{milliseconds:>8} ms {trainer.megabytes():>7.0f} MB"
+    print_table(results, costs)
+    return results
+
+
+def print_table(results: Results, costs: dict[str, str]) -> None:
+    """The mean over the seeds and (lowest-highest); the median time of a step and its peak."""
+    titles = [f"precision at {k}" for k in CUTOFFS]
+    print(f"{'test part':<18}" + "".join(f"{title:>23}" for title in titles) + "     a step")
+    for name, runs in results.items():
+        cells = [
+            f"{statistics.mean(column):.4f} ({min(column):.4f}-{max(column):.4f})"
+            for column in zip(*runs, strict=True)
+        ]
+        print(f"{name:<18}" + "".join(f"{cell:>23}" for cell in cells) + costs[name])
 
 
 def predict(description: str, workdir: Path) -> list[tuple[str, float]]:
@@ -388,18 +451,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--epochs", type=int, default=1, help="epochs in total, with those already done")
-    add("--seed", type=int, default=0, help="decides weights and batches")
+    seeds = "each decides weights and batches of one run per way; the first one's run is saved"
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help=seeds)
     add("--workdir", type=Path, default=Path("runs/debian"), help="where the run is written")
     add("--resume", action="store_true", help="continue the run in workdir, bit for bit")
     add("--available", type=Path, help="a file with the output of `apt-cache dumpavail`")
-    dense = "also train the same model with a dense optax head"
-    add("--dense", action=argparse.BooleanOptionalAction, default=True, help=dense)
+    compare = "also train the same model in two other ways: with gradients, with a dense head"
+    add("--compare", action=argparse.BooleanOptionalAction, default=True, help=compare)
     add("--predict", help="print the dependencies of this description; train if there is no run")
     args = parser.parse_args(argv)
     if args.epochs < 1:
         parser.error(f"--epochs must be at least 1, got {args.epochs}")
-    if not 0 <= args.seed < 2**32:
-        parser.error(f"--seed must be from 0 to 2**32 - 1, got {args.seed}")
+    if not all(0 <= seed < 2**32 for seed in args.seeds):
+        parser.error(f"--seeds must be from 0 to 2**32 - 1, got {args.seeds}")
     return args
 
 

@@ -59,8 +59,18 @@ def run_in_benchmarks(code):
 
 @pytest.mark.parametrize(
     "size",
-    ["one_chip(head.chunked(), 2**20)", "each_of_64_chips(2**26)"],
-    ids=["2^20 labels on one chip", "2^26 labels on 64 chips"],
+    [
+        "one_chip(head.chunked(), 2**20)",
+        "one_chip(head.chunked(head.FOCAL), 2**20)",
+        "step_on_one_chip('update', 2**20)",
+        "each_of_64_chips(2**26)",
+    ],
+    ids=[
+        "2^20 labels on one chip",
+        "focal loss of 2^20 labels on one chip",
+        "a step of Adam on 2^20 labels on one chip",
+        "2^26 labels on 64 chips",
+    ],
 )
 def test_the_chunked_head_fits(size):
     assert 0 < int(run_in_benchmarks(f"head_scaling.{size}")) < 0.3e9

@@ -34,7 +34,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 TESTS = {
     "_kernels": ["test_functions", "test_losses", "test_accuracy", "test_focal", "test_linear"],
     "_reduce": ["test_losses", "test_placement", "test_linear"],
-    "_linear": ["test_linear", "test_composition", "test_sharding"],
+    "_linear": ["test_linear", "test_linear_loss", "test_composition", "test_sharding"],
+    "_operands": ["test_linear", "test_linear_loss"],
+    "_update": ["test_update"],
     "_focal": ["test_focal", "test_losses"],
     "_losses": ["test_losses", "test_checks"],
     "_labels": ["test_labels", "test_placement"],

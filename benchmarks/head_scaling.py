@@ -2,8 +2,8 @@
 beside these `linear_update` needs megabytes for any number of labels, gradient and optimizer apart
 also the gradient of the kernel, a dense optax head that and logits, of which a TPU v5e does not
 hold 2^21. On a CPU a step of `linear_update` takes at most the time of the chunked head's gradient
-and the optimizer apart (0.8 is the aim). Of labels with SGD a v5e holds more by `linear_update`
-than with a gradient. Of value and gradients alone, 2^26 labels fit 64 chips.
+and the optimizer apart (0.8 is the aim). With SGD a v5e holds twice the labels by `linear_update`
+that it holds with a gradient. Of value and gradients alone, 2^26 labels fit 64 chips.
 
     pip install "jax[tpu]" optax matplotlib
     python benchmarks/head_scaling.py [cpu] [tpu] [limits] [plot]

@@ -399,9 +399,8 @@ def update_pass(
     def write(columns: Any, part: Any, start: jax.Array | int) -> Any:
         return jax.tree.map(lambda array, new: _linear.write(array, new, start), columns, part)
 
-    def turn(carry: Any, first: jax.Array) -> tuple[Any, None]:
-        rows, slope, columns, new, written_at, _ = carry
-        columns = write(columns, new, written_at)
+    def one_chunk(columns: Any, first: jax.Array | int) -> tuple[jax.Array, ...]:
+        """Of the labels from `first` on: the loss of each row, the gradients, what they become."""
         # The last chunk is as large as the others and starts among labels that are done.
         start = jnp.minimum(first, num_labels - chunk_size)
         due = None
@@ -409,7 +408,7 @@ def update_pass(
             due = start + jnp.arange(chunk_size, dtype=jnp.int32) >= first
         params = columns[0]
         now = operands._replace(kernel=params["kernel"], bias=params.get("bias"))
-        more, parts = _linear.chunk_pass(now, loss, True, offset, start, chunk_size, due)
+        rows, parts = _linear.chunk_pass(now, loss, True, offset, start, chunk_size, due)
         gradients = {
             argument: total(argument, parts[argument]).astype(_kernels.accumulator(array))
             for argument, array in params.items()
@@ -418,7 +417,17 @@ def update_pass(
         new, new_others = new_columns(gradients, old, others, _key(key, offset + start))
         if due is not None:
             new = jax.tree.map(lambda after, before: jnp.where(due, after, before), new, old)
-        return (rows + more, slope + parts["features"], columns, new, start, new_others), None
+        return rows, parts["features"], new, start, new_others
+
+    if chunk_size == num_labels:
+        rows, slope, columns, _, others = one_chunk(columns, 0)
+        return rows, slope, columns, others
+
+    def turn(carry: Any, first: jax.Array) -> tuple[Any, None]:
+        rows, slope, columns, new, written_at, _ = carry
+        columns = write(columns, new, written_at)
+        more, more_slope, *rest = one_chunk(columns, first)
+        return (rows + more, slope + more_slope, columns, *rest), None
 
     batch, width = operands.features.shape
     dtype = _kernels.accumulator(operands.features)

@@ -130,7 +130,8 @@ def focal(gamma: float | None) -> _kernels.Kernel:
 
 
 def extent_of_focal(x: jax.Array, y: jax.Array, *others: jax.Array | None) -> jax.Array:
-    return sum((other for other in others if other is not None), x + y)
+    y = jnp.where((y >= 0) & (y <= 1), y, jnp.nan)  # of others, the power may be NaN
+    return sum((other for other in others if other is not None), extent_of_logits(x, y))
 
 
 def focal_of(name: str, alpha: Any, gamma: Any) -> tuple[Elementwise, tuple[Any, Any]]:

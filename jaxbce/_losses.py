@@ -23,11 +23,12 @@ class Elementwise:
 
 
 def extent_of_logits(x: jax.Array, y: jax.Array, q: jax.Array | None = None) -> jax.Array:
-    return x + y if q is None else (x + y) * jnp.maximum(jnp.abs(q), 1)
+    extent = jnp.maximum(jnp.abs(x), 1) * jnp.maximum(jnp.abs(y), 1)
+    return extent if q is None else extent * jnp.maximum(jnp.abs(q), 1)
 
 
 def extent_of_probs(p: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.where((p >= 0) & (p <= 1), y, jnp.nan)
+    return jnp.where((p >= 0) & (p <= 1), 100 * y, jnp.nan)  # a logarithm is at least -100
 
 
 BCE = Elementwise(_kernels.bce_with_logits, extent_of_logits, ("pos_weight",))

@@ -202,6 +202,11 @@ def _layout(name: str, optimizer: Any, params: Any, opt_state: Any) -> Layout:
             f"{name}: optimizer must be an optax transformation, got {type(optimizer).__name__}"
         ) from None
     arrays = {argument: _checks.floating(name, argument, params[argument]) for argument in params}
+    if not arrays["kernel"].size:
+        raise ValueError(
+            f"{name}: kernel must have at least one label and feature, got "
+            f"{arrays['kernel'].shape}; there is nothing to train"
+        )
 
     def state_with(more: int) -> Any:
         """What the state looks like for so many labels more."""

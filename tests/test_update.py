@@ -379,6 +379,11 @@ ERRORS = {
         TypeError,
         r"params must be a dict .* got \['kernel', 'scale'\]",
     ),
+    "no labels": (
+        {"params": {"kernel": jnp.ones((WIDTH, 0))}},
+        ValueError,
+        r"kernel must have at least one label and feature, got \(2, 0\)",
+    ),
     "another state": (
         {"opt_state": OPTIMIZERS["adam"].init({"kernel": KERNEL})},
         ValueError,

@@ -101,8 +101,9 @@ def test_a_step_is_that_of_gradient_and_optimizer(optimizer, rng):
     assert_close(got, apart(optimizer, arguments), 2e-6)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7, None], ids="chunk_size={}".format)
-@pytest.mark.parametrize("reduction", ["sum", "weighted_mean", "batchmean"])
+@pytest.mark.parametrize(
+    ("chunk_size", "reduction"), [(1, "sum"), (7, "weighted_mean"), (None, "batchmean")]
+)
 def test_chunks_and_reductions(chunk_size, reduction, rng):
     arguments = draw_head(rng, names=("weight", "labels", "label_smoothing"))
     got = inside(OPTIMIZERS["adam"], arguments, reduction=reduction, chunk_size=chunk_size)
@@ -126,13 +127,17 @@ def test_any_loss(rng):
     assert_close(got, apart(OPTIMIZERS["adam"], arguments, loss=dense), 2e-6)
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize(
-    "axes",
-    [{"batch_axis": "data", "label_axis": "model"}, {"batch_axis": "data"}, {"label_axis": "data"}],
-    ids=["both", "rows", "labels"],
+    ("kind", "axes"),
+    [
+        ("Auto", {"batch_axis": "data", "label_axis": "model"}),
+        ("Explicit", {"batch_axis": "data", "label_axis": "model"}),
+        ("Explicit", {"batch_axis": ("data", "model")}),
+        ("Auto", {"label_axis": "data"}),
+    ],
+    ids=["both", "both, explicit", "rows over both, explicit", "labels"],
 )
-def test_on_a_mesh(axes, kind, rng):
+def test_on_a_mesh(kind, axes, rng):
     mesh = jax.make_mesh((2, 4), ("data", "model"), (jax.sharding.AxisType[kind],) * 2)
     arguments = draw_head(rng, 8, 24, NAMES)
     got = inside(OPTIMIZERS["adamw"], arguments, chunk_size=4, mesh=mesh, **axes)

@@ -24,14 +24,14 @@ class Operands(NamedTuple):
 
     features: jax.Array  # [batch, width]
     kernel: jax.Array  # [width, labels]
-    bias: jax.Array | None  # [labels]
-    positives: jax.Array | None  # [batch, positives] in [0, labels]; `labels` is padding
-    labels: jax.Array | None  # [batch, labels]
-    per_label: tuple[jax.Array, ...]  # [labels] each: pos_weight, or what a loss of its own takes
-    label_smoothing: jax.Array | None  # []
-    where: jax.Array | None  # [batch or 1, labels or 1], False for what is left out
-    ignored: jax.Array | None  # [batch, ignored], ids as in `positives`, left out too
     scale: jax.Array  # [batch], the factor of each row in the total
+    bias: jax.Array | None = None  # [labels]
+    positives: jax.Array | None = None  # [batch, positives] in [0, labels]; `labels` is padding
+    labels: jax.Array | None = None  # [batch, labels]
+    per_label: tuple[jax.Array, ...] = ()  # [labels] each: pos_weight, or what an own loss takes
+    label_smoothing: jax.Array | None = None  # []
+    where: jax.Array | None = None  # [batch or 1, labels or 1], False for what is left out
+    ignored: jax.Array | None = None  # [batch, ignored], ids as in `positives`, left out too
 
     def sizes(self) -> tuple[int, int]:
         """Of rows and labels."""
@@ -70,13 +70,13 @@ def chunk_logits(
     return (logits if bias is None else logits + bias[None].astype(logits.dtype)), kernel
 
 
-def mark(ids: jax.Array, first: jax.Array | int, size: int, mark: int) -> jax.Array:
-    """`mark` at the ids of each row among the labels first, ..., first + size − 1, 1 elsewhere."""
+def mark(ids: jax.Array, first: jax.Array | int, size: int, value: int) -> jax.Array:
+    """`value` at the ids of each row among the labels first, ..., first + size − 1, 1 elsewhere."""
     local = ids - first
     # One past the end is dropped; a negative index would wrap around even so.
     local = jnp.where((local >= 0) & (local < size), local, size)
     rows = jnp.arange(ids.shape[0])[:, None]
-    return jnp.ones((ids.shape[0], size), jnp.int8).at[rows, local].set(mark, mode="drop")
+    return jnp.ones((ids.shape[0], size), jnp.int8).at[rows, local].set(value, mode="drop")
 
 
 def chunk_mask(
@@ -230,12 +230,6 @@ def write(array: jax.Array, part: jax.Array, start: jax.Array | int) -> jax.Arra
     return jax.lax.dynamic_update_slice_in_dim(array, part, start, axis=part.ndim - 1)
 
 
-def last_chunk(num_labels: int, chunk_size: int) -> tuple[int, int]:
-    """How many whole chunks come before the last one, which may be smaller, and where it starts."""
-    whole = 0 if num_labels == chunk_size else max(num_labels - 1, 0) // chunk_size
-    return whole, whole * chunk_size
-
-
 def full_pass(
     operands: Operands,
     loss: ChunkLoss,
@@ -255,8 +249,9 @@ def full_pass(
             parts[name] = parts[name].astype(gradient_dtype(getattr(operands, name)))
         return rows, parts
 
-    whole, start = last_chunk(num_labels, chunk_size)
-    # The last chunk comes first: the sums of the loop start from its own.
+    whole = 0 if num_labels == chunk_size else max(num_labels - 1, 0) // chunk_size
+    start = whole * chunk_size
+    # The last chunk, which may be smaller, comes first: the sums of the loop start from its own.
     rows, parts = one_chunk(start, num_labels - start)
     if not whole:
         return rows, parts

@@ -141,19 +141,16 @@ def prepare(
         ignored = ignored.reshape(batch, ignored.shape[-1])
     kept = _kept_labels(where, ignored, batch, num_labels, dtype)
 
-    keep, counted = None, None if kept is None else kept != 0
     if weight is not None:
         weight = _checks.shaped(name, "weight", weight, lead, "(...,)").astype(dtype)
         weight = weight.reshape(batch)
-        keep = (weight != 0) | jnp.all(jnp.isfinite(features), axis=1)
-        keep = keep if counted is None else keep & counted
-        counted = weight != 0 if counted is None else counted & (weight != 0)
-        weight = jnp.where(keep, weight, 0)
-    elif counted is not None:
-        keep = counted
+    some = None if kept is None else kept != 0
+    counted = _reduce.counted(weight, some)
+    keep = _reduce.kept(jnp.max(jnp.abs(features), axis=1, initial=0), weight, some)
     if keep is not None:
         # Before anything is computed of them, so that no NaN reaches a gradient.
         features = jnp.where(keep[:, None], features, 0)
+        weight = None if weight is None else jnp.where(keep, weight, 0)
 
     if positives is not None:
         rows_kept = None if counted is None else counted.reshape(lead)
@@ -206,8 +203,8 @@ def _kept_labels(
     first = ids != jnp.pad(ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
     row = jnp.arange(batch)[:, None] if where.shape[0] > 1 else 0
     column = ids if where.shape[1] > 1 else 0
-    masked = ~where.at[row, column].get(mode="fill", fill_value=False)
-    return kept - jnp.sum((ids < num_labels) & first & ~masked, axis=1, dtype=dtype)
+    otherwise = where.at[row, column].get(mode="fill", fill_value=False)
+    return kept - jnp.sum((ids < num_labels) & first & otherwise, axis=1, dtype=dtype)
 
 
 def _scale(
@@ -220,18 +217,16 @@ def _scale(
 ) -> jax.Array:
     """The factor of each row in the total: its weight over the divisor of the reduction."""
     batch = math.prod(lead)
-    scale = jnp.ones(batch, dtype) if weight is None else weight
+    scale = own = jnp.ones(batch, dtype) if weight is None else weight
     if kept is None:
         sizes = {"mean": (batch, num_labels), "weighted_mean": (num_labels,), "batchmean": lead[:1]}
         for size in sizes.get(reduction, ()):
             scale = scale * _reduce.one_over(size, dtype)
-        kept = jnp.ones((), dtype)
     elif reduction == "mean":
         scale = scale * _reduce.inverse(jnp.sum(kept))
     elif reduction == "batchmean":
         entries = jnp.any(kept.reshape(lead) != 0, axis=tuple(range(1, len(lead))))
         scale = scale * _reduce.inverse(jnp.sum(entries, dtype=dtype))
     if reduction == "weighted_mean":
-        own = jnp.ones(batch, dtype) if weight is None else weight
-        scale = scale * _reduce.inverse(jnp.sum(own * kept))
+        scale = scale * _reduce.inverse(jnp.sum(own if kept is None else own * kept))
     return scale

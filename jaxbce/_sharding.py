@@ -261,7 +261,7 @@ class OnRing(OnMesh):
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """What a user says of chunks and devices; `over` and `ring` make of it how a pass is run."""
+    """What a user says of chunks and devices; `over` makes of it how a pass is run."""
 
     chunk_size: int | None
     mesh: Mesh | None

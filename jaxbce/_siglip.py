@@ -116,11 +116,6 @@ def _siglip(
         kernel=texts.T,
         bias=jnp.broadcast_to(bias.astype(dtype), batch),
         positives=positives,
-        labels=None,
-        per_label=(),
-        label_smoothing=None,
-        where=None,
-        ignored=None,
         scale=jnp.full(batch, _reduce.one_over(batch, dtype)),
     )
     how = devices.over(name, batch, batch)

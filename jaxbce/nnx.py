@@ -93,21 +93,24 @@ class MultiLabelHead(nnx.Module):
         self.batch_axis = batch_axis
         self.label_axis = label_axis
 
-        def created(make: Callable[..., jax.Array], *args: Any) -> nnx.Param[jax.Array]:
+        def created(
+            make: Callable[..., jax.Array], spec: PartitionSpec, *args: Any
+        ) -> nnx.Param[jax.Array]:
             """A parameter that is made where it belongs."""
-            if mesh is None:
-                return nnx.Param(make(*args))
-            columns = (None, label_axis) if make is new_kernel else (label_axis,)
-            where = NamedSharding(mesh, PartitionSpec(*columns))
-            return nnx.Param(jax.jit(make, out_shardings=where)(*args))
+            if mesh is not None:
+                make = jax.jit(make, out_shardings=NamedSharding(mesh, spec))
+            return nnx.Param(make(*args))
 
         def new_kernel(key: jax.Array) -> jax.Array:
             kernel: jax.Array = kernel_init(key, (in_features, num_labels), param_dtype)
             return kernel
 
-        self.kernel = created(new_kernel, rngs.params())
+        self.kernel = created(new_kernel, PartitionSpec(None, label_axis), rngs.params())
         rate = _rate(prior, num_labels, param_dtype)
-        self.bias = created(lambda: _bias(rate, num_labels, param_dtype)) if use_bias else None
+        by_label = PartitionSpec(label_axis)
+        self.bias = (
+            created(lambda: _bias(rate, num_labels, param_dtype), by_label) if use_bias else None
+        )
 
     def __call__(self, features: ArrayLike) -> jax.Array:
         """The logits features @ kernel + bias, [..., L]: where there is room for them."""

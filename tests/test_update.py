@@ -52,6 +52,14 @@ def split(arguments):
     return given.pop("features"), params, given
 
 
+def last_of(steps, step, params, state):
+    """What the last of so many steps returns."""
+    for _ in range(steps):
+        result = step(params, state)
+        params, state = result.params, result.opt_state
+    return result
+
+
 def inside(optimizer, arguments, steps=3, **options):
     """What `steps` of `linear_update` return, the last of them."""
     features, params, given = split(arguments)
@@ -60,11 +68,7 @@ def inside(optimizer, arguments, steps=3, **options):
     def step(params, state):
         return jaxbce.linear_update(optimizer, features, params, state, **given, **options)
 
-    state = optimizer.init(params)
-    for _ in range(steps):
-        result = step(params, state)
-        params, state = result.params, result.opt_state
-    return result
+    return last_of(steps, step, params, optimizer.init(params))
 
 
 def apart(optimizer, arguments, steps=3, loss=head):
@@ -81,11 +85,7 @@ def apart(optimizer, arguments, steps=3, loss=head):
             updates, state = optimizer.update(slopes, state, params)
         return _update.LinearUpdate(value, by_features, optax.apply_updates(params, updates), state)
 
-    state = optimizer.init(params)
-    for _ in range(steps):
-        result = step(params, state)
-        params, state = result.params, result.opt_state
-    return result
+    return last_of(steps, step, params, optimizer.init(params))
 
 
 @pytest.fixture

@@ -146,7 +146,9 @@ def prepare(
         weight = weight.reshape(batch)
     some = None if kept is None else kept != 0
     counted = _reduce.counted(weight, some)
-    keep = _reduce.kept(jnp.max(jnp.abs(features), axis=1, initial=0), weight, some)
+    keep = some
+    if weight is not None:
+        keep = _reduce.kept(jnp.max(jnp.abs(features), axis=1, initial=0), weight, some)
     if keep is not None:
         # Before anything is computed of them, so that no NaN reaches a gradient.
         features = jnp.where(keep[:, None], features, 0)

@@ -16,35 +16,36 @@ def blocks(language, text):
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-CASES = [
-    pytest.param(block, id=f"{page.stem}-{number}")
-    for page in PAGES
-    for number, block in enumerate(blocks("python", page.read_text()))
-]
+def cases(language):
+    return [
+        pytest.param(block, id=f"{page.stem}-{number}")
+        for page in PAGES
+        for number, block in enumerate(blocks(language, page.read_text()))
+    ]
 
 
-@pytest.mark.parametrize("block", CASES)
-def test_python_block_runs(block):
+def run(block):
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         exec(compile(block, "block", "exec"), {"__name__": "block"})
 
 
+@pytest.mark.parametrize("block", cases("python"))
+def test_python_block_runs(block):
+    run(block)
+
+
+@pytest.mark.parametrize("block", cases("py"))
+def test_block_of_a_library_that_may_be_absent_runs(block):
+    """Those of docs/upstream.md notice when a peer is mended."""
+    library = re.findall(r"^import (rax|numpyro|tensorflow|metrax)", block, re.MULTILINE)[0]
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    run(block)
+
+
 def test_the_readme_opens_with_what_goes_wrong(capsys):
     """Its first block prints the block below it."""
-    with jax.numpy_rank_promotion("allow"):
-        exec(compile(blocks("python", README)[0], "block", "exec"), {"__name__": "block"})
+    run(blocks("python", README)[0])
     assert capsys.readouterr().out == blocks("text", README)[0]
-
-
-UPSTREAM = blocks("py", (ROOT / "docs/upstream.md").read_text())
-
-
-@pytest.mark.parametrize("block", UPSTREAM, ids=["rax", "numpyro", "TensorFlow"])
-def test_a_peer_that_may_be_absent_still_has_its_defect(block):
-    peer = re.findall(r"^import (\w+)", block, re.MULTILINE)[-1]
-    pytest.importorskip(peer, reason=f"{peer} is not installed")
-    with jax.numpy_rank_promotion("allow"):
-        exec(compile(block, "block", "exec"), {"__name__": "block"})
 
 
 def test_quick_start_is_one_block_of_two_commands():

@@ -43,7 +43,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +68,8 @@ WIDTH, BATCH, LEARNING_RATE, DECAY = 64, 256, 4e-2, 0.1
 
 
 Run = dict[str, Any]  # the model and the two optimizers
-State = dict[str, nnx.State]
+State = dict[str, nnx.State[Any, Any]]
+Step = Callable[[Run, jax.Array, jax.Array], jax.Array]  # changes the run, returns its loss
 Results = dict[str, list[list[float]]]  # by way and seed, the precision at each of CUTOFFS
 
 
@@ -111,7 +112,7 @@ def read_available(path: Path | None) -> str:
 
 def parse_packages(text: str) -> list[Package]:
     """The packages that depend on something, each once."""
-    packages = {}
+    packages: dict[str, Package] = {}
     for paragraph in text.split("\n\n"):
         # A line that starts with a space continues the field above: none that is read here.
         lines = (line.split(": ", 1) for line in paragraph.split("\n") if ": " in line)
@@ -203,14 +204,16 @@ class Classifier(nnx.Module):
         counts[-1] = len(part.words)
         self.encoder.rarity[...] = jnp.asarray(np.log(len(part.words) / counts), jnp.float32)
         num_labels = self.head.num_labels
+        assert self.head.bias is not None
         self.head.bias[...] = jaxbce.prior_bias(positives=part.positives, num_labels=num_labels)
 
 
 def update_step(run: Run, words: jax.Array, positives: jax.Array) -> jax.Array:
     """The head steps inside its pass over the labels; its gradients never exist as a whole."""
     model = run["model"]
-    graph, vectors, rest = nnx.split(model.encoder, nnx.Param, ...)
-    features, backward = jax.vjp(lambda vectors: nnx.merge(graph, vectors, rest)(words), vectors)
+    graph, vectors, *rest = nnx.split(model.encoder, nnx.Param, ...)
+    features, backward = jax.vjp(lambda vectors: nnx.merge(graph, vectors, *rest)(words), vectors)
+    loss: jax.Array
     loss, slope = model.head.update(
         run["head optimizer"], features, positives=positives, reduction="batchmean"
     )
@@ -225,20 +228,24 @@ def chunked_loss(model: Classifier, words: jax.Array, positives: jax.Array) -> j
 def dense_loss(model: Classifier, words: jax.Array, positives: jax.Array) -> jax.Array:
     """The same number from optax, which needs dense logits and labels."""
     labels = jaxbce.multi_hot(positives, model.head.num_labels)
-    losses = optax.sigmoid_binary_cross_entropy(model.head(model.encoder(words)), labels)
+    logits = model.head(model.encoder(words))
+    losses: jax.Array = optax.sigmoid_binary_cross_entropy(logits, labels)
     return losses.sum(axis=-1).mean()
 
 
-def gradient_step(loss: Any, run: Run, words: jax.Array, positives: jax.Array) -> jax.Array:
+def gradient_step(
+    loss: Callable[..., jax.Array], run: Run, words: jax.Array, positives: jax.Array
+) -> jax.Array:
     """Gradients of everything, then the optimizers."""
     model = run["model"]
+    value: jax.Array
     value, gradients = nnx.value_and_grad(loss)(model, words, positives)
     for part in ("encoder", "head"):
         run[f"{part} optimizer"].update(getattr(model, part), gradients[part])
     return value
 
 
-WAYS = {
+WAYS: dict[str, Step] = {
     "head.update": update_step,
     "chunked loss": functools.partial(gradient_step, chunked_loss),
     "dense optax head": functools.partial(gradient_step, dense_loss),
@@ -293,8 +300,10 @@ class Trainer:
     def megabytes(self) -> float:
         """What a step holds at its peak, state and batch included, according to the compiler."""
         memory = self.step.memory_analysis()
-        held = memory.argument_size_in_bytes + memory.output_size_in_bytes
-        return (held + memory.temp_size_in_bytes - memory.alias_size_in_bytes) / 1e6
+        assert memory is not None
+        held: int = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        held += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+        return held / 1e6
 
     def train_epoch(self, epoch: int, epochs: int) -> float:
         """Trains one epoch, in an order that only seed and epoch decide; returns its mean loss."""
@@ -318,7 +327,9 @@ class Trainer:
         """The max(CUTOFFS) likeliest labels of each row."""
         k = min(max(CUTOFFS), len(self.data.labels))
         parts = (words[start : start + 1024] for start in range(0, len(words), 1024))
-        return np.concatenate([top_labels(self.run["model"], part, k)[1] for part in parts])
+        return np.concatenate(
+            [top_labels(self.run["model"], jnp.asarray(part), k)[1] for part in parts]
+        )
 
 
 def precisions(best: np.ndarray, positives: np.ndarray) -> list[float]:
@@ -430,7 +441,7 @@ def predict(description: str, workdir: Path) -> list[tuple[str, float]]:
     model = Classifier(len(words), len(labels), nnx.Rngs(0))
     with open_checkpoints(workdir) as checkpoints:
         nnx.update(model, restore(checkpoints, {"model": nnx.state(model)})["model"])
-    probabilities, ids = top_labels(model, known, min(10, len(labels)))
+    probabilities, ids = top_labels(model, jnp.asarray(known), min(10, len(labels)))
     best = [(labels[i], float(p)) for i, p in zip(ids[0], probabilities[0], strict=True)]
     for name, probability in best:
         print(f"{probability:>8.1%}  {name}")

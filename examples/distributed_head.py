@@ -52,7 +52,9 @@ def make_data(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def functions_on(mesh: Mesh | None) -> tuple[Callable[..., Any], ...]:
     """Loss and gradient, a step of the optimizer, and the top labels: on the mesh or one device."""
-    axes = {} if mesh is None else {"mesh": mesh, "batch_axis": "batch", "label_axis": "labels"}
+    axes: dict[str, Any] = {}
+    if mesh is not None:
+        axes = {"mesh": mesh, "batch_axis": "batch", "label_axis": "labels"}
 
     def loss(kernel: jax.Array, features: jax.Array, positives: jax.Array) -> jax.Array:
         return jaxbce.linear_bce_with_logits(

@@ -74,7 +74,9 @@ class Classifier(eqx.Module):
         return self.output(eqx.nn.Dropout(0.5, inference=key is None)(hidden, key=keys[1]))
 
 
-def make_step(optimizer: optax.GradientTransformation) -> Callable:
+def make_step(
+    optimizer: optax.GradientTransformation,
+) -> Callable[..., tuple[Classifier, optax.OptState, jax.Array]]:
     @eqx.filter_jit
     def step(
         model: Classifier,
@@ -133,10 +135,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         if epoch % 10 == 0:
             print(f"epoch {epoch}/{args.epochs}: loss of the last batch {loss:.4f}", flush=True)
 
-    scores = jaxbce.sigmoid(jax.vmap(model)(test_features))
+    scores = jaxbce.sigmoid(jax.vmap(model)(jax.numpy.asarray(test_features)))
     frequencies = np.broadcast_to(labels.mean(axis=0), test_labels.shape)
-    results = {"network": np.asarray(scores), "label frequencies": frequencies}
-    results = {name: evaluate(test_labels, values) for name, values in results.items()}
+    predicted = {"network": np.asarray(scores), "label frequencies": frequencies}
+    results = {name: evaluate(test_labels, values) for name, values in predicted.items()}
     for name, metrics in results.items():
         print(f"{name:<18}", *(f"{metric} {value:.4f}  " for metric, value in metrics.items()))
     print(f"{time.perf_counter() - started:.1f} s")

@@ -154,15 +154,22 @@ def adam(steps: int) -> optax.GradientTransformation:
 @functools.cache
 def make_train_step(mesh: Mesh | None) -> Callable[..., jax.Array]:
     """A step on one device, or on all of the mesh, compiled once for all runs."""
-    devices = {} if mesh is None else {"mesh": mesh, "axis": "batch"}
+    devices: dict[str, Any] = {} if mesh is None else {"mesh": mesh, "axis": "batch"}
 
     @nnx.jit
-    def train_step(model, optimizer, images, texts, positives):
-        def loss_fn(model):
+    def train_step(
+        model: Towers,
+        optimizer: nnx.Optimizer[Towers],
+        images: jax.Array,
+        texts: jax.Array,
+        positives: jax.Array | None,
+    ) -> jax.Array:
+        def loss_fn(model: Towers) -> jax.Array:
             pairs = model(images, texts)
             scale, bias = model.log_scale[...], model.bias[...]
             return jaxbce.siglip_loss(*pairs, scale, bias, positives=positives, **devices)
 
+        loss: jax.Array
         loss, gradients = nnx.value_and_grad(loss_fn)(model)
         optimizer.update(model, gradients)
         return loss
@@ -179,7 +186,8 @@ def similarities(model: Towers, images: jax.Array, texts: jax.Array) -> jax.Arra
 def scores_of(model: Towers, split: Split, languages: dict[str, str]) -> dict[str, np.ndarray]:
     """By language, the similarity [N, 10] of each image and each name."""
     names = np.concatenate([letters(line) for line in languages.values()])
-    found = np.split(np.asarray(similarities(model, split.images, names)), len(languages), axis=1)
+    scores = similarities(model, jnp.asarray(split.images), jnp.asarray(names))
+    found = np.split(np.asarray(scores), len(languages), axis=1)
     return dict(zip(languages, found, strict=True))
 
 
@@ -233,10 +241,11 @@ def train(
         mesh = jax.make_mesh((devices,), ("batch",), axis_types=(AxisType.Auto,))
     batch = BATCH // devices * devices
 
-    def place(array: np.ndarray) -> jax.Array:
+    def place(array: np.ndarray | jax.Array) -> jax.Array:
         """Rows over the devices."""
         by_row = None if mesh is None else NamedSharding(mesh, PartitionSpec("batch"))
-        return jax.device_put(array, by_row)
+        placed: jax.Array = jax.device_put(array, by_row)
+        return placed
 
     names = np.stack([letters(line) for line in KNOWN.values()])
     steps = len(data.images) // batch
@@ -331,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, float]]]
         results: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
         runs = [(seed, name) for seed in args.seeds for name in VARIANTS]
         bar = tqdm(total=len(runs) * args.epochs, desc="training", unit="epoch", disable=None)
-        pictured = None
+        pictured: dict[str, np.ndarray] = {}
         with bar, (args.workdir / "metrics.jsonl").open("w") as file:
             for seed, name in runs:
 
@@ -342,13 +351,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, float]]]
                 model = train(data, validation, VARIANTS[name], seed, args.epochs, after_epoch)
                 of_languages = functools.partial(scores_of, model, test)
                 results[name].append(evaluate(of_languages, test.digits))
-                if pictured is None:
-                    pictured = of_languages(UNSEEN)[SHOWN]
+                pictured = pictured or of_languages(UNSEEN)
         plain = functools.partial(baseline, data, test)
         results["baseline"] = [evaluate(plain, test.digits)]
         print_table(results)
         picture = args.workdir / "retrieval.png"
-        plot_retrieval(test, pictured, picture)
+        plot_retrieval(test, pictured[SHOWN], picture)
     seconds = time.perf_counter() - started
     devices = f"{jax.device_count()} device(s) of {jax.default_backend()}"
     print(f"{seconds:.1f} s on {devices}; see {picture}")

@@ -131,10 +131,15 @@ def adam(steps: int) -> optax.GradientTransformation:
     return optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
 
 
-@functools.partial(nnx.jit, static_argnames="loss_fn")
+@nnx.jit(static_argnames="loss_fn")
 def train_step(
-    model: Network, optimizer: nnx.Optimizer, images: jax.Array, labels: jax.Array, loss_fn: Loss
+    model: Network,
+    optimizer: nnx.Optimizer[Network],
+    images: jax.Array,
+    labels: jax.Array,
+    loss_fn: Loss,
 ) -> jax.Array:
+    loss: jax.Array
     loss, gradients = nnx.value_and_grad(lambda model: loss_fn(model(images), labels))(model)
     optimizer.update(model, gradients)
     return loss
@@ -186,8 +191,9 @@ def train(
         order = np.random.default_rng((seed, epoch)).permutation(len(images))
         values = []
         for rows in order[: steps * BATCH].reshape(steps, BATCH):
-            values.append(train_step(model, optimizer, images[rows], labels[rows], loss_fn=loss_fn))
-        validation = np.asarray(predict(model, data.validation.images))
+            batch = jnp.asarray(images[rows]), jnp.asarray(labels[rows])
+            values.append(train_step(model, optimizer, *batch, loss_fn=loss_fn))
+        validation = np.asarray(predict(model, jnp.asarray(data.validation.images)))
         after_epoch(
             {
                 "epoch": epoch,
@@ -195,7 +201,7 @@ def train(
                 "validation_map": mean_average_precision(data.validation.labels, validation),
             }
         )
-    return validation, np.asarray(predict(model, data.test.images))
+    return validation, np.asarray(predict(model, jnp.asarray(data.test.images)))
 
 
 def compare(

@@ -43,7 +43,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -69,17 +69,20 @@ THRESHOLD = 0.5
 REGRESSION_C = 0.01
 
 
-class Split(NamedTuple):
+Array = TypeVar("Array", np.ndarray, jax.Array)
+
+
+class Split(NamedTuple, Generic[Array]):
     """Rows of the set: NumPy arrays on the host, JAX arrays once on the devices."""
 
-    features: np.ndarray
-    labels: np.ndarray
+    features: Array
+    labels: Array
 
 
 class Data(NamedTuple):
-    train: Split
-    validation: Split
-    test: Split
+    train: Split[np.ndarray]
+    validation: Split[np.ndarray]
+    test: Split[np.ndarray]
 
 
 def load_yeast() -> Data:
@@ -117,7 +120,11 @@ class Classifier(nnx.Module):
 
 @nnx.jit
 def train_step(
-    model: Classifier, optimizer: nnx.Optimizer, batch: Split, pos_weight: jax.Array, key: jax.Array
+    model: Classifier,
+    optimizer: nnx.Optimizer[Classifier],
+    batch: Split[jax.Array],
+    pos_weight: jax.Array,
+    key: jax.Array,
 ) -> jax.Array:
     """Updates the model on one batch; the optimizer's step count makes the dropout key unique."""
     dropout_key = jax.random.fold_in(key, optimizer.step[...])
@@ -126,13 +133,16 @@ def train_step(
         logits = model(batch.features, dropout_key)
         return jaxbce.bce_with_logits(logits, batch.labels, pos_weight=pos_weight)
 
+    loss: jax.Array
     loss, gradients = nnx.value_and_grad(loss_of)(model)
     optimizer.update(model, gradients)
     return loss
 
 
 @nnx.jit
-def predict(model: Classifier, split: Split, pos_weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+def predict(
+    model: Classifier, split: Split[jax.Array], pos_weight: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Returns the mean loss and the probabilities."""
     logits = model(split.features)
     loss = jaxbce.bce_with_logits(logits, split.labels, pos_weight=pos_weight)
@@ -173,6 +183,7 @@ class Trainer:
         self.validation = jax.device_put(data.validation, self.replicated)
         self.pos_weight = jax.device_put(positive_weights(data, weigh_positives), self.replicated)
         self.model = Classifier(nnx.Rngs(seed))
+        assert self.model.output.bias is not None
         self.model.output.bias[...] = jaxbce.prior_bias(data.train.labels)
         tx = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         self.optimizer = nnx.Optimizer(self.model, tx, wrt=nnx.Param)
@@ -226,7 +237,7 @@ def positive_weights(data: Data, weigh_positives: bool) -> jax.Array:
 def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
     """A manager that keeps the last epoch and the one with the lowest validation loss."""
 
-    def validation_loss(record: dict[str, Any]) -> float:
+    def validation_loss(record: dict[str, float]) -> float:
         return record["validation_loss"]
 
     kept = [
@@ -334,7 +345,7 @@ def is_record(line: str, expected: dict[str, Any]) -> bool:
         return False
     match record:
         case {"train_loss": float(), "validation_loss": float()}:
-            return expected.items() <= record.items()
+            return bool(expected.items() <= record.items())
     return False
 
 

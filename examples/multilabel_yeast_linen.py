@@ -26,6 +26,7 @@ import importlib.util
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -73,7 +74,7 @@ def train_step(
 ) -> tuple[TrainState, jax.Array]:
     dropout = {"dropout": jax.random.fold_in(key, state.step)}
 
-    def loss_of(params: dict) -> jax.Array:
+    def loss_of(params: dict[str, Any]) -> jax.Array:
         logits = state.apply_fn({"params": params}, features, train=True, rngs=dropout)
         return jaxbce.bce_with_logits(logits, labels)
 
@@ -118,10 +119,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         if epoch % 10 == 0:
             print(f"epoch {epoch}/{args.epochs}: loss of the last batch {loss:.4f}", flush=True)
 
-    scores = nn.sigmoid(model.apply({"params": state.params}, test_features))
+    scores = nn.sigmoid(state.apply_fn({"params": state.params}, test_features))
     frequencies = np.broadcast_to(labels.mean(axis=0), test_labels.shape)
-    results = {"network": np.asarray(scores), "label frequencies": frequencies}
-    results = {name: evaluate(test_labels, values) for name, values in results.items()}
+    predicted = {"network": np.asarray(scores), "label frequencies": frequencies}
+    results = {name: evaluate(test_labels, values) for name, values in predicted.items()}
     for name, metrics in results.items():
         print(f"{name:<18}", *(f"{metric} {value:.4f}  " for metric, value in metrics.items()))
     print(f"{time.perf_counter() - started:.1f} s")

@@ -105,10 +105,11 @@ class MultiLabelHead(nnx.Module):
             kernel: jax.Array = kernel_init(key, (in_features, num_labels), param_dtype)
             return kernel
 
-        self.kernel = created(new_kernel, PartitionSpec(None, label_axis), rngs.params())
+        by_column = PartitionSpec(None, label_axis)
+        self.kernel: nnx.Param[jax.Array] = created(new_kernel, by_column, rngs.params())
         rate = _rate(prior, num_labels, param_dtype)
         by_label = PartitionSpec(label_axis)
-        self.bias = (
+        self.bias: nnx.Param[jax.Array] | None = (
             created(lambda: _bias(rate, num_labels, param_dtype), by_label) if use_bias else None
         )
 

@@ -15,7 +15,7 @@ settings.load_profile("repeatable")
 
 @pytest.fixture(scope="module")
 def compile_fast():
-    """For a module that does not ask what the compiler makes of a program."""
+    """For a module of programs, not of roundings: memory and collectives are decided before."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -11,6 +11,8 @@ from programs import collectives
 
 import jaxbce
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 POSITIVES = np.array([[0, 2, -1], [1, 4, 1], [-1, -1, -1], [3, 9, -7]])
 DENSE = np.array([[1, 0, 1, 0, 0], [0, 1, 0, 0, 1], [0, 0, 0, 0, 0], [0, 0, 0, 1, 0]])
 

@@ -19,6 +19,8 @@ from heads import (
 
 import jaxbce
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 LABELS, WIDTH = 11, 3
 CHUNKS = [1, 4, 50, None]  # 4 leaves a ragged last chunk
 POSITIVES = np.array(  # duplicate, empty, out of range, first and last, far out of range

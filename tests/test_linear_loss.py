@@ -13,6 +13,8 @@ from test_linear import in_float64, lowered
 
 import jaxbce
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 REDUCTIONS = ["mean", "weighted_mean", "sum", "batchmean", "none"]
 
 

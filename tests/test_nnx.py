@@ -10,6 +10,8 @@ from flax import nnx
 import jaxbce
 from jaxbce.nnx import MultiLabelHead
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 WIDTH, LABELS, BATCH = 8, 37, 6
 POSITIVES = np.random.default_rng(1).integers(-1, LABELS, (BATCH, 3))
 

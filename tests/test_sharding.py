@@ -19,6 +19,8 @@ from programs import collectives
 
 import jaxbce
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 ROWS, WIDTH, LABELS = 8, 3, 24
 AXES = {
     "both": {"batch_axis": "data", "label_axis": "model"},
@@ -253,6 +255,7 @@ def test_siglip_loss_on_a_ring(axis, several, mesh, rng):
     assert_close(got, value_and_gradients(pairs, arguments, 0.7))
 
 
+@pytest.mark.thorough
 @every_order
 def test_hessian_vector_product_on_a_ring(order, mesh, rng):
     point, along = draw_pairs(rng), draw_pairs(rng)
@@ -313,6 +316,7 @@ TUPLES = {
 every_tuple = pytest.mark.parametrize("axes", TUPLES.values(), ids=TUPLES)
 
 
+@pytest.mark.thorough
 @every_tuple
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_tuples_of_axes(axes, reduction, mesh_of_four, rng):
@@ -372,6 +376,7 @@ def within_shards(name):
     return call
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("named", [False, True], ids=["without mesh", "with mesh"])
 @pytest.mark.parametrize("name", ["sum", "none", "top k", "pairs"])
 def test_inside_a_shard_map_over_another_axis(name, named, rng):

@@ -17,6 +17,8 @@ import jaxbce
 from jaxbce import _update
 from jaxbce.nnx import MultiLabelHead
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 NAMES = ("bias", "weight", "pos_weight", "positives", "where", "ignored")
 SIZES = (ROWS, WIDTH, LABELS)
 OPTIMIZERS = {
@@ -127,6 +129,7 @@ def test_any_loss(rng):
     assert_close(got, apart(OPTIMIZERS["adam"], arguments, loss=dense), 2e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("kind", "axes"),
     [

@@ -46,4 +46,4 @@ __all__ = [
     "sparse_bce_with_logits",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,7 +1,8 @@
 """A training step of the head in which the gradient of its kernel never exists as a whole."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -254,7 +255,20 @@ def _step(optimizer: Any, gradients: Any, params: Any, state: Any) -> tuple[Any,
     return jax.tree.map(jnp.add, params, updates), state
 
 
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Now, while a program is traced, and without what its settings forbid: NaN, transfers."""
+    with (
+        jax.ensure_compile_time_eval(),
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+        jax.transfer_guard("allow"),
+    ):
+        yield
+
+
 @functools.lru_cache(maxsize=64)
+@_undisturbed()
 def _mixes(name: str, optimizer: Any, dtypes: tuple[tuple[str, Any], ...]) -> bool:
     """Whether a step of two halves of a tiny kernel differs from that of the whole.
 
@@ -275,11 +289,10 @@ def _mixes(name: str, optimizer: Any, dtypes: tuple[tuple[str, Any], ...]) -> bo
     for size, last in ((1.0, 1.0), (1e15, 1.0), (1.0, np.nan)):
         factors = np.array([size, size, size, size * last], np.float32)
         params, gradients = draw(), {key: slope * factors for key, slope in draw().items()}
-        with jax.ensure_compile_time_eval():
-            whole, *halves = (
-                step(*jax.tree.map(lambda array, part=part: array[..., part], (params, gradients)))
-                for part in (slice(4), slice(2), slice(2, 4))
-            )
+        whole, *halves = (
+            step(*jax.tree.map(lambda array, part=part: array[..., part], (params, gradients)))
+            for part in (slice(4), slice(2), slice(2, 4))
+        )
         if any(isinstance(leaf, jax.core.Tracer) for leaf in whole):
             raise ValueError(
                 f"{name}: optimizer must hold no traced value; pass a learning rate that is "

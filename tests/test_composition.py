@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from composing import (
     ELEMENTWISE,
@@ -24,6 +25,8 @@ from composing import (
 from heads import assert_close
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+
+import jaxbce
 
 # No test here asks what the compiler makes of a program.
 pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("compile_fast")]
@@ -360,6 +363,73 @@ def test_any_program_three_transformations_deep(drawn):
     compare(case, case.draw(np.random.default_rng(0)), program, 1e-3)
 
 
+# --- steps of linear_update ----------------------------------------------------------------------
+
+LAYER = ("kernel", "bias")
+
+
+def step_inside(arguments):
+    """The loss, its gradient by the features, and the layer after a step."""
+    given = dict(arguments)
+    features, params = given.pop("features"), {name: given.pop(name) for name in LAYER}
+    optimizer = optax.sgd(0.1)
+    step = jaxbce.linear_update(
+        optimizer, features, params, optimizer.init(params), chunk_size=4, **given
+    )
+    return step.loss, step.features_gradient, step.params
+
+
+def step_apart(arguments):
+    value, slopes = value_and_gradient(OPTIONAL.dense, arguments, ("features", *LAYER))
+    return value, slopes["features"], {n: arguments[n] - 0.1 * slopes[n] for n in LAYER}
+
+
+def scan_of_steps(step, arguments):
+    def one(layer, features):
+        value, slope, layer = step(arguments | layer | {"features": features})
+        return layer, (value, slope)
+
+    batches = stack(arguments["features"])
+    return jax.lax.scan(one, {name: arguments[name] for name in LAYER}, batches)
+
+
+def below_a_model(step, arguments):
+    """The gradient of the features goes on into the layer that made them."""
+
+    def model(w):
+        return jnp.tanh(arguments["features"] @ w)
+
+    features, backward = jax.vjp(model, jnp.eye(len(arguments["kernel"])))
+    value, slope, layer = step(arguments | {"features": features})
+    return value, backward(slope), layer
+
+
+def some_times(step, arguments):
+    """As gradient accumulation and skipped steps are written."""
+    layer = {name: arguments[name] for name in LAYER}
+
+    def one(i, layer):
+        return jax.lax.cond(i != 1, lambda: step(arguments | layer)[2], lambda: layer)
+
+    return jax.lax.fori_loop(0, 3, one, layer)
+
+
+STEP_PROGRAMS = {
+    "eager": lambda step, arguments: step(arguments),
+    "scan": scan_of_steps,
+    "below a model": below_a_model,
+    "cond in a loop": some_times,
+    "vmap over heads": lambda step, arguments: mapped(step, arguments, LAYER),
+    "vmap over everything": lambda step, arguments: mapped(step, arguments, moving(arguments)),
+}
+
+
+@pytest.mark.parametrize("program", STEP_PROGRAMS.values(), ids=STEP_PROGRAMS)
+def test_a_program_of_steps_gives_what_it_gives_with_gradients(program, rng):
+    arguments = OPTIONAL.draw(rng)
+    assert_close(program(step_inside, arguments), program(step_apart, arguments))
+
+
 # --- flags ---------------------------------------------------------------------------------------
 
 FLAGS = {
@@ -382,6 +452,15 @@ def test_a_flag_changes_nothing(case, flag, rng):
         arguments = case.draw(rng)
         got = value_and_gradient(scalar(case.ours), arguments)
         assert_close(got, value_and_gradient(scalar(case.dense), arguments))
+        assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_flag_changes_nothing_in_a_step(flag, rng):
+    with FLAGS[flag]():
+        arguments = OPTIONAL.draw(rng)
+        got = step_inside(arguments)
+        assert_close(got, step_apart(arguments))
         assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {np.dtype(np.float32)}
 
 

@@ -20,7 +20,6 @@ from jaxbce.nnx import MultiLabelHead
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
 NAMES = ("bias", "weight", "pos_weight", "positives", "where", "ignored")
-SIZES = (ROWS, WIDTH, LABELS)
 OPTIMIZERS = {
     "sgd": optax.sgd(0.1),
     "momentum": optax.sgd(0.1, momentum=0.9, nesterov=True),
@@ -368,6 +367,16 @@ def test_an_optimizer_that_mixes_elements_is_refused(optimizer, rng):
         match=r"linear_update: optimizer (treats elements together|keeps state of shape)",
     ):
         call(rng, optimizer)
+
+
+def test_settings_that_forbid_nan_and_transfers(rng):
+    """The optimizer is tried once, on NaN too, while the program is traced."""
+    features, params, given = split(draw_head(rng, ROWS, LABELS, NAMES))
+    optimizer = optax.adam(0.123)
+    step = jax.jit(functools.partial(jaxbce.linear_update, optimizer, **given))
+    arguments = features, params, optimizer.init(params)
+    with jax.debug_nans(True), jax.debug_infs(True), jax.transfer_guard("disallow"):
+        jax.block_until_ready(step(*arguments))
 
 
 def test_an_optimizer_that_holds_a_traced_value_is_refused(rng):

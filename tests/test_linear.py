@@ -361,6 +361,7 @@ def test_remat_and_scan(transform, reduction, rng):
     assert_close(value_and_gradients(transformed, arguments), value_and_gradients(loss, arguments))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("reduction", "target"), [("mean", "positives"), ("none", "labels")])
 @every_order
 def test_hessian_vector_product(reduction, order, target, rng):

@@ -478,6 +478,7 @@ def test_what_is_masked_or_of_weight_zero_leaves_no_trace(loss, how, rng):
             np.testing.assert_allclose(gradient, expected, rtol=1e-6, err_msg=f"{name}: {case}")
 
 
+@pytest.mark.thorough
 @every_kernel
 def test_masked_hessian_has_no_nan(loss, rng):
     scores, labels = loss.draw(rng, (4,))

@@ -104,6 +104,7 @@ def test_eager_gradient_on_a_mesh(mesh, rng):
     assert_close(got, jax.grad(loss)(features))
 
 
+@pytest.mark.thorough
 @every_order
 def test_hessian_vector_product(order, mesh, rng):
     arguments = draw(rng)
@@ -242,6 +243,7 @@ RINGS = {"one axis": "model", "both axes": ("data", "model"), "reversed": ("mode
 every_ring = pytest.mark.parametrize("axis", RINGS.values(), ids=RINGS)
 
 
+@pytest.mark.thorough
 @every_ring
 @pytest.mark.parametrize("several", [False, True], ids=["its own text", "several texts"])
 def test_siglip_loss_on_a_ring(axis, several, mesh, rng):

@@ -316,6 +316,7 @@ def test_the_step_is_in_place(optimizer):
 # --- the Flax module -----------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("use_bias", "placed"), [(True, True), (False, False)], ids=["bias, mesh", "one device"]
 )

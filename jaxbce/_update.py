@@ -1,6 +1,5 @@
 """A training step of the head in which the gradient of its kernel never exists as a whole."""
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -67,7 +66,7 @@ def linear_update(
 
     Args:
       optimizer: an optax transformation that treats elements independently: sgd, adam, adamw, lion,
-        rmsprop, schedules, weight decay, chains of them.
+        rmsprop, schedules, weight decay, chains of them. Keep one: a new one is compiled anew.
       features: float array [..., D].
       params: {"kernel": [D, L]} or {"kernel": [D, L], "bias": [L]}.
       opt_state: optimizer.init(params), or what the last step returned.
@@ -98,12 +97,12 @@ def linear_update(
       respect to the features before the step, the parameters and the state after it.
 
     Raises:
-      TypeError: optimizer has no init and update, params is not such a dict, an array is of the
-        wrong dtype, or as `linear_loss`.
-      ValueError: the optimizer mixes elements (clipping by a global norm, factored moments, trust
-        ratios) or holds a traced value, opt_state is not that of the optimizer and params,
-        pos_weight or label_smoothing are given with a loss, rounding_key without parameters in
-        bfloat16, or as `linear_loss`.
+      TypeError: optimizer has no init and update, its update needs more than gradients, state and
+        parameters, params is not such a dict, an array is of the wrong dtype, or as `linear_loss`.
+      ValueError: the optimizer mixes elements, if only in some steps (clipping by a global norm,
+        factored moments, trust ratios, skipping what is not finite), or holds a traced value,
+        opt_state is not that of the optimizer and params, pos_weight or label_smoothing are given
+        with a loss, rounding_key without parameters in bfloat16, or as `linear_loss`.
 
     Edge values: what is masked or has a weight of 0 has no part in the step. Under `rounding_key`
     NaN and infinities stay, and no finite number becomes infinite.
@@ -242,9 +241,10 @@ def _layout(name: str, optimizer: Any, params: Any, opt_state: Any) -> Layout:
     dtypes = tuple((argument, _kernels.accumulator(array)) for argument, array in arrays.items())
     if _mixes(name, optimizer, dtypes):
         raise ValueError(
-            f"{name}: optimizer treats elements together, as clipping by a global norm and trust "
-            "ratios do; its step needs the whole gradient, so use jax.value_and_grad of "
-            "jaxbce.linear_loss with it, or an optimizer that treats elements independently"
+            f"{name}: optimizer treats elements together, as clipping by a global norm, trust "
+            "ratios and tests for NaN do; its step needs the whole gradient, so use "
+            "jax.value_and_grad of jaxbce.linear_loss with it, or an optimizer that treats "
+            "elements independently"
         )
     return Layout(jax.tree.structure(own), by_label)
 
@@ -255,54 +255,67 @@ def _step(optimizer: Any, gradients: Any, params: Any, state: Any) -> tuple[Any,
     return jax.tree.map(jnp.add, params, updates), state
 
 
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Now, while a program is traced, and without what its settings forbid: NaN, transfers."""
-    with (
-        jax.ensure_compile_time_eval(),
-        jax.debug_nans(False),
-        jax.debug_infs(False),
-        jax.transfer_guard("allow"),
-    ):
-        yield
-
-
 @functools.lru_cache(maxsize=64)
-@_undisturbed()
 def _mixes(name: str, optimizer: Any, dtypes: tuple[tuple[str, Any], ...]) -> bool:
-    """Whether a step of two halves of a tiny kernel differs from that of the whole.
+    """Whether a step reduces over labels, if only in some steps, or is not that of its halves.
 
-    Gradients are small, so large that anything clips them, and partly NaN.
+    What permutes labels, or knows their places, reduces nothing.
     """
     rng = np.random.default_rng(0)
-    shapes = {"kernel": (2, 4), "bias": (4,)}
-
-    def draw() -> dict[str, Any]:
-        return {
-            argument: rng.normal(size=shapes[argument]).astype(dtype) for argument, dtype in dtypes
-        }
+    width, labels = 5, 6
+    shapes = {"kernel": (width, labels), "bias": (labels,)}
+    params, gradients = (
+        {argument: rng.normal(size=shapes[argument]).astype(dtype) for argument, dtype in dtypes}
+        for _ in range(2)
+    )
 
     @jax.jit
     def step(params: Any, gradients: Any) -> list[Any]:
         return jax.tree.leaves(_step(optimizer, gradients, params, optimizer.init(params)))
 
-    for size, last in ((1.0, 1.0), (1e15, 1.0), (1.0, np.nan)):
-        factors = np.array([size, size, size, size * last], np.float32)
-        params, gradients = draw(), {key: slope * factors for key, slope in draw().items()}
+    try:
+        jaxpr = jax.make_jaxpr(step)(params, gradients)
+    except TypeError as error:
+        raise TypeError(
+            f"{name}: optimizer.update must take (gradients, state, params) and no more, got "
+            f"{error}"
+        ) from error
+    if not set(_reduced(jaxpr.jaxpr)) <= {1, width}:
+        return True
+    # Now, while a program is traced, and whatever its settings say of transfers.
+    with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
         whole, *halves = (
             step(*jax.tree.map(lambda array, part=part: array[..., part], (params, gradients)))
-            for part in (slice(4), slice(2), slice(2, 4))
+            for part in (slice(labels), slice(3), slice(3, labels))
         )
         if any(isinstance(leaf, jax.core.Tracer) for leaf in whole):
             raise ValueError(
                 f"{name}: optimizer must hold no traced value; pass a learning rate that is "
                 "traced through optax.inject_hyperparams, which keeps it in opt_state"
             )
-        for together, *apart in zip(whole, *halves, strict=True):
-            joined = np.concatenate(apart, axis=-1) if np.ndim(together) else np.array(apart)
-            if not np.allclose(joined, together, rtol=1e-5, equal_nan=True):
-                return True
-    return False
+        joined = (
+            np.concatenate(apart, axis=-1) if np.ndim(together) else np.array(apart)
+            for together, *apart in zip(whole, *halves, strict=True)
+        )
+        return not all(map(functools.partial(np.allclose, rtol=1e-5), joined, whole))
+
+
+def _reduced(jaxpr: Any) -> Iterator[int]:
+    """The sizes of the axes over which a program sums, compares or sorts, wherever in it."""
+    for equation in jaxpr.eqns:
+        primitive, params = equation.primitive.name, equation.params
+        axes: Sequence[int] = ()
+        if primitive.startswith(("reduce_", "arg")):
+            axes = params.get("axes", ())
+        elif primitive == "dot_general":
+            axes = params["dimension_numbers"][0][0]
+        elif primitive.startswith(("cum", "sort")):
+            axes = [params.get("axis", params.get("dimension"))]
+        yield from (equation.invars[0].aval.shape[axis] for axis in axes)
+        for inner in jax.tree.leaves(list(params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from _reduced(inner)
 
 
 def _specs(features: Any, kernel: Any, bias: Any, *others: Any, **_: Any) -> Any:

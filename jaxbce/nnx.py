@@ -167,6 +167,7 @@ class MultiLabelHead(nnx.Module):
         if self.bias is not None:
             params["bias"] = self.bias[...]
         state = jax.tree.leaves(optimizer.opt_state, is_leaf=_is_variable)
+        state = [leaf for leaf in state if jax.tree.leaves(leaf)]  # what optax masks holds nothing
         expected = jax.eval_shape(optimizer.tx.init, params)
         if len(jax.tree.leaves(expected)) != len(state):
             raise ValueError(

@@ -44,6 +44,16 @@ MIXING = {
     "factored": optax.adafactor(0.1),
     "skips what is not finite": optax.apply_if_finite(optax.sgd(0.1), 3),
     "norm of the update": optax.chain(optax.normalize_by_update_norm(), optax.sgd(0.1)),
+    "global norm after a million steps": optax.chain(
+        optax.conditionally_transform(optax.clip_by_global_norm(1.0), lambda step: step > 10**6),
+        optax.sgd(0.1),
+    ),
+    "where a parameter is large": optax.stateless(
+        lambda slopes, params: jax.tree.map(
+            lambda slope, w: jnp.where(jnp.abs(w).max() > 1e3, 0.0, -slope), slopes, params
+        )
+    ),
+    "reversed": optax.stateless(lambda slopes, _: jax.tree.map(lambda s: s[..., ::-1], slopes)),
 }
 
 
@@ -324,10 +334,11 @@ def test_the_update_of_a_module(placed, use_bias, mesh, rng):
     features, _, given = split(draw_head(rng, 8, 24, ("positives", "ignored")))
     options = {"use_bias": use_bias, "prior": 0.1 if use_bias else None}
     devices = {"mesh": mesh, "batch_axis": "data", "label_axis": "model"} if placed else {}
+    kernel_alone = optax.masked(optax.adamw(0.1), lambda p: jax.tree.map(lambda a: a.ndim > 1, p))
 
     def trained(step, **devices):
         module = MultiLabelHead(WIDTH, 24, rngs=nnx.Rngs(0), chunk_size=4, **options, **devices)
-        optimizer = nnx.Optimizer(module, optax.adamw(0.1), wrt=nnx.Param)
+        optimizer = nnx.Optimizer(module, kernel_alone, wrt=nnx.Param)
         with jax.numpy_dtype_promotion("standard"):  # of the optimizer's own step
             for _ in range(3):
                 result = nnx.jit(step)(module, optimizer, features)
@@ -371,7 +382,7 @@ def test_an_optimizer_that_mixes_elements_is_refused(optimizer, rng):
 
 
 def test_settings_that_forbid_nan_and_transfers(rng):
-    """The optimizer is tried once, on NaN too, while the program is traced."""
+    """The optimizer is tried once, while the program is traced."""
     features, params, given = split(draw_head(rng, ROWS, LABELS, NAMES))
     optimizer = optax.adam(0.123)
     step = jax.jit(functools.partial(jaxbce.linear_update, optimizer, **given))
@@ -431,6 +442,12 @@ def test_errors(changes, error, message, rng):
 def test_what_is_no_optimizer(rng):
     with pytest.raises(TypeError, match="linear_update: optimizer must be an optax transformation"):
         jaxbce.linear_update(0.1, jnp.ones((2, WIDTH)), {"kernel": KERNEL}, ())
+
+
+def test_an_optimizer_that_needs_the_loss(rng):
+    optimizer = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau())
+    with pytest.raises(TypeError, match=r"optimizer.update must take .*argument: 'value'"):
+        call(rng, optimizer)
 
 
 def test_the_optimizer_of_another_module(rng):

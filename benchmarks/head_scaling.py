@@ -6,11 +6,12 @@ gradient and the optimizer apart. With SGD a v5e holds twice the labels by `line
 that it holds with a gradient. Of value and gradients alone, 2^26 labels fit 64 chips.
 
     pip install "jax[tpu]" optax matplotlib
-    python benchmarks/head_scaling.py [cpu] [tpu] [limits] [plot]
+    python benchmarks/head_scaling.py [cpu] [tpu] [limits] [plot] [h100]
 
 `cpu`: batch 256, width 128, float32; memory by the compiler, the time measured. `tpu`: batch 1024,
 width 768, bfloat16; no TPU is needed, its compiler runs on any machine and reports what the program
-will hold. `limits` searches what a v5e holds. Without arguments: all four. Writes
+will hold. `limits` searches what a v5e holds. Without arguments: these and the plot. `h100`: as
+`tpu`, for `update`, by the compiler of `pip install "jax[cuda12]"`, with no GPU either. Writes
 benchmarks/results/head_scaling.json and docs/head.png.
 """
 
@@ -30,6 +31,7 @@ import json
 import pathlib
 import sys
 
+import compilers
 import head
 import jax
 import jax.numpy as jnp
@@ -128,10 +130,9 @@ def one_chip(variant, labels):
     return temporaries(variant, abstract_operands(1024, 768, labels, jnp.bfloat16, chip))
 
 
-def step_on_one_chip(way, labels, optimizer=head.ADAM):
-    arguments = abstract_step(
-        optimizer, 1024, 768, labels, jnp.bfloat16, mesh=mesh_of("v5e:2x2", 1, 1)
-    )
+def step_on_one_chip(way, labels, optimizer=head.ADAM, chip=None):
+    chip = chip or mesh_of("v5e:2x2", 1, 1)
+    arguments = abstract_step(optimizer, 1024, 768, labels, jnp.bfloat16, mesh=chip)
     variant = head.steps(optimizer, chunk_size=CELLS // 1024)[way]
     return temporaries(variant, arguments, donated=2)
 
@@ -177,6 +178,16 @@ def compile_tpu():
         sizes = {name: step_on_one_chip(name, labels) for name in COLORS}
         rows.append(report(labels, sizes, {}))
     return rows
+
+
+def compile_h100():
+    devices = topologies.get_topology_desc(**compilers.TARGETS["h100"]).devices
+    chip = Mesh(np.array(devices[:1]).reshape(1, 1), ("data", "model"))
+    rows = [
+        report(labels, {"update": step_on_one_chip("update", labels, chip=chip)}, {})
+        for labels in TPU_LABELS
+    ]
+    return {"jax": jax.__version__, "rows": rows}
 
 
 def find_limits():
@@ -255,6 +266,8 @@ def main():
         if name in parts:
             results |= {"jax": jax.__version__, name: measure()}
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    if "h100" in parts:  # it says its own version: CUDA wheels come later than the others
+        RESULTS.write_text(json.dumps(results | {"h100": compile_h100()}, indent=1) + "\n")
     if "plot" in parts:
         draw(results)
 

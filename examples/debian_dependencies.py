@@ -23,7 +23,8 @@ move a little with the lists; mean of seeds 0, 1, 2 and (lowest-highest):
     head.update        0.7217 (0.7196-0.7234) 0.4390 (0.4380-0.4400) 0.3198 (0.3182-0.3219)
 
 The other ways train the same weights to rounding. What a step holds at its peak, by XLA's memory
-analysis: 47 MB by head.update, 55 MB with gradients of the chunked loss, 200 MB with a dense head.
+analysis: 47 MB by head.update, 55 MB with gradients of the chunked loss, 200 MB with a dense head;
+the last two take 1.3 and 3 times as long (jax 0.12.0.1, beside other work).
 
 Width and learning rate were chosen on another split, by another byte of the hash. Writes to the
 workdir, one run at a time: `names.json`, the words and labels, and an Orbax checkpoint of the last

@@ -410,6 +410,29 @@ def test_inside_a_shard_map_over_another_axis(name, named, rng):
     assert_close(got, expected)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("named", [False, True], ids=["without mesh", "with mesh"])
+def test_hessian_vector_product_inside_a_shard_map(named, mesh, rng):
+    """Forward over reverse, of the rows of each stage: here the stages are the axis of the rows."""
+    arguments = draw(rng)
+    features, kernel, positives = (arguments[n] for n in ("features", "kernel", "positives"))
+    devices = {"mesh": mesh, "label_axis": "model"} if named else {}
+
+    def product(features, kernel, positives, devices=devices):
+        def total(kernel):
+            given = {"features": features, "kernel": kernel, "positives": positives}
+            return head(given, reduction="sum", chunk_size=2, **devices)
+
+        return jax.jvp(jax.grad(total), (kernel,), (jnp.cos(kernel),))[1]
+
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+    inside = jax.shard_map(
+        product, mesh=mesh, axis_names={"data"}, in_specs=(rows, whole, rows), out_specs=whole
+    )
+    got, expected = jax.jit(inside), jax.jit(functools.partial(product, devices={}))
+    assert_close(got(features, kernel, positives), expected(features, kernel, positives))
+
+
 @pytest.mark.parametrize(
     ("axis_names", "shape", "message"),
     [

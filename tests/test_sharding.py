@@ -1,6 +1,7 @@
 """The chunked head on a mesh of eight virtual devices against the same head on one."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -353,8 +354,7 @@ def test_an_axis_of_one_device_is_not_reduced_over(mesh_of_four):
 
     assert reduced_over({"label_axis": ("one",)}).count("psum") == 0
     text = reduced_over({"label_axis": ("one", "model")})
-    assert "axes=('model',)" in text
-    assert "'one', 'model'" not in text
+    assert set(re.findall(r"axes=\(('[^)]*)\)", text)) == {"'model',"}
 
 
 # --- inside jax.shard_map over other axes --------------------------------------------------------

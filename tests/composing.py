@@ -168,6 +168,13 @@ def draw_head(rng, rows=ROWS, labels=LABELS, names=()):
     return in_float32({name: drawn[name] for name in (*LAYER, *names)})
 
 
+def split(arguments):
+    """Features, the parameters as `linear_update` takes them, and the other arguments."""
+    given = dict(arguments)
+    params = {name: given.pop(name) for name in ("kernel", "bias") if name in given}
+    return given.pop("features"), params, given
+
+
 def linear(name, names, reduction="mean", chunk_size=4):
     def ours(arguments, **devices):
         return head(arguments, reduction=reduction, chunk_size=chunk_size, **devices)

@@ -21,6 +21,7 @@ from composing import (
     SIGLIP,
     SOFT,
     TOP_K,
+    split,
 )
 from heads import assert_close
 from hypothesis import Phase, given, settings
@@ -370,8 +371,7 @@ LAYER = ("kernel", "bias")
 
 def step_inside(arguments):
     """The loss, its gradient by the features, and the layer after a step."""
-    given = dict(arguments)
-    features, params = given.pop("features"), {name: given.pop(name) for name in LAYER}
+    features, params, given = split(arguments)
     optimizer = optax.sgd(0.1)
     step = jaxbce.linear_update(
         optimizer, features, params, optimizer.init(params), chunk_size=4, **given

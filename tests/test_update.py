@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from composing import LABELS, ROWS, WIDTH, draw_head
+from composing import LABELS, ROWS, WIDTH, draw_head, split
 from flax import nnx
 from heads import assert_close, head
 from jax.sharding import NamedSharding, PartitionSpec
@@ -55,12 +55,6 @@ MIXING = {
     ),
     "reversed": optax.stateless(lambda slopes, _: jax.tree.map(lambda s: s[..., ::-1], slopes)),
 }
-
-
-def split(arguments):
-    given = dict(arguments)
-    params = {name: given.pop(name) for name in ("kernel", "bias") if name in given}
-    return given.pop("features"), params, given
 
 
 def last_of(steps, step, params, state):

@@ -15,23 +15,13 @@ will hold. `limits` searches what a v5e holds. Without arguments: these and the 
 benchmarks/results/head_scaling.json and docs/head.png.
 """
 
-import os
-
-os.environ |= {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "JAX_PLATFORMS": "cpu",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no lock file: nothing runs on a TPU
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
-
 import bisect
 import functools
 import json
 import pathlib
 import sys
 
-import compilers
+import compilers  # which also tells JAX and libtpu that no device is here
 import head
 import jax
 import jax.numpy as jnp

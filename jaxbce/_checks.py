@@ -327,7 +327,8 @@ def static_number(
             f"jax.jit(..., static_argnames={argument!r})"
         )
     number = float(value)
-    if not low <= number < high:
+    # What is beyond float32 would become infinite.
+    if not low <= number < min(high, float(jnp.finfo(jnp.float32).max)):
         raise ValueError(f"{name}: {argument} must be {valid}, got {value}")
     return number
 

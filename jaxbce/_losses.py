@@ -17,7 +17,7 @@ class Elementwise:
     """A loss of one score and one label, as everything else takes it."""
 
     kernel: _kernels.Kernel  # of the score, the label and the parameters
-    extent: Callable[..., jax.Array]  # of the same; not finite where the loss is not
+    extent: Callable[..., jax.Array]  # of the same; not finite where the loss or a slope is not
     parameters: tuple[str, ...] = ()  # the names of the arguments that may differ by label
     scores: str = "logits"  # the name of the scores
 

@@ -1,10 +1,12 @@
 """Bad input: the error names the function, the argument, what was received and how to mend it."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from losses import dense_losses
@@ -94,6 +96,11 @@ KERNEL = np.ones((2, 3), np.float32)
 # Every function, of the one argument that a test replaces.
 CALLS = {
     "bce_with_logits": ("labels", X, lambda v: jaxbce.bce_with_logits(X, v)),
+    "sigmoid_binary_cross_entropy": (
+        "logits",
+        X,
+        lambda v: jaxbce.sigmoid_binary_cross_entropy(v, X),
+    ),
     "bce": ("probs", X, lambda v: jaxbce.bce(v, X)),
     "focal_loss": ("logits", X, lambda v: jaxbce.focal_loss(v, X)),
     "sigmoid_focal_loss": ("gamma", X, lambda v: jaxbce.sigmoid_focal_loss(X, X, gamma=v)),
@@ -107,6 +114,18 @@ CALLS = {
         KERNEL,
         lambda v: jaxbce.linear_bce_with_logits(FEATURES, v, positives=IDS),
     ),
+    "linear_loss": (
+        "features",
+        FEATURES,
+        lambda v: jaxbce.linear_loss(jnp.multiply, v, KERNEL, positives=IDS),
+    ),
+    "linear_update": (
+        "features",
+        FEATURES,
+        lambda v: jaxbce.linear_update(
+            optax.sgd(1.0), v, {"kernel": KERNEL}, optax.sgd(1.0).init(KERNEL), positives=IDS
+        ),
+    ),
     "linear_top_k": ("features", FEATURES, lambda v: jaxbce.linear_top_k(v, KERNEL, k=1)),
     "siglip_loss": (
         "text_embeddings",
@@ -119,6 +138,11 @@ CALLS = {
     "prior_bias": ("labels", X, jaxbce.prior_bias),
 }
 every_call = pytest.mark.parametrize(("argument", "value", "call"), CALLS.values(), ids=list(CALLS))
+
+
+def test_every_function_is_called_here():
+    public = {name for name in jaxbce.__all__ if inspect.isfunction(getattr(jaxbce, name))}
+    assert set(CALLS) == public - {"checked"}
 
 
 class Parameter:
@@ -267,6 +291,21 @@ def test_checked_names_the_wide_integer_that_it_is_given():
 )
 def test_a_known_number_is_in_its_range(call, number):
     with pytest.raises(ValueError, match=r"must be (in|positive)"):
+        call(number)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda a: jaxbce.focal_loss(X, X, gamma=a),
+        lambda a: jaxbce.asymmetric_loss(X, X, gamma_neg=a),
+        lambda a: jaxbce.asymmetric_loss(X, X, gamma_pos=a),
+    ],
+    ids=["gamma", "gamma_neg", "gamma_pos"],
+)
+@pytest.mark.parametrize("number", [1e300, float("inf")], ids=repr)
+def test_a_known_number_is_finite_in_float32(call, number):
+    with pytest.raises(ValueError, match=r"gamma.* must be finite and at least 0, got"):
         call(number)
 
 

@@ -1,4 +1,4 @@
-"""The reference itself: float64 formulas against 50 digits."""
+"""The reference itself: float64 formulas against 50 digits and more."""
 
 import mpmath
 import numpy as np
@@ -60,7 +60,7 @@ def exact_asymmetric(x, y, gamma_neg, gamma_pos, clip):
     ],
     ids=["focal", "focal-alpha", "asymmetric", "asymmetric without clip"],
 )
-def test_focused_losses_match_400_digits(reference, exact, options, x, y):
+def test_a_product_of_functions_matches_400_digits(reference, exact, options, x, y):
     with mpmath.workdps(400):
         step = mpmath.mpf(10) ** -100
         below, at, above = (exact(mpmath.mpf(x) + k * step, y, *options) for k in (-1, 0, 1))

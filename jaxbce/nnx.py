@@ -1,6 +1,6 @@
 """Flax NNX modules; `jaxbce` itself never imports Flax."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -154,14 +154,28 @@ class MultiLabelHead(nnx.Module):
         )
 
     def update(
-        self, optimizer: nnx.Optimizer[Any], features: ArrayLike, **options: Any
+        self,
+        optimizer: nnx.Optimizer[Any],
+        features: ArrayLike,
+        *,
+        loss: Callable[..., jax.Array] | None = None,
+        positives: ArrayLike | None = None,
+        labels: ArrayLike | None = None,
+        per_label: Sequence[ArrayLike] = (),
+        weight: ArrayLike | None = None,
+        pos_weight: ArrayLike | None = None,
+        label_smoothing: ArrayLike = 0.0,
+        where: ArrayLike | None = None,
+        ignored: ArrayLike | None = None,
+        reduction: str = "mean",
+        rounding_key: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """One step of the optimizer on the parameters, whose gradients are not held.
 
         The optimizer is an `nnx.Optimizer` of this head, `nnx.Optimizer(head, optax.adam(1e-3),
-        wrt=nnx.Param)`; other options are those of `linear_update`. Kernel and optimizer change in
-        place. Returns the loss and its gradient with respect to the features, before the step;
-        products are in the dtype that features and parameters promote to.
+        wrt=nnx.Param)`; the other arguments are those of `linear_update`. Kernel and optimizer
+        change in place. Returns the loss and its gradient with respect to the features, before the
+        step; products are in the dtype that features and parameters promote to.
         """
         params = {"kernel": self.kernel[...]}
         if self.bias is not None:
@@ -179,7 +193,17 @@ class MultiLabelHead(nnx.Module):
             self._checked(features),
             params,
             jax.tree.unflatten(jax.tree.structure(expected), [leaf[...] for leaf in state]),
-            **options,
+            loss=loss,
+            positives=positives,
+            labels=labels,
+            per_label=per_label,
+            weight=weight,
+            pos_weight=pos_weight,
+            label_smoothing=label_smoothing,
+            where=where,
+            ignored=ignored,
+            reduction=reduction,
+            rounding_key=rounding_key,
             **self._devices(),
         )
         self.kernel[...] = step.params["kernel"]

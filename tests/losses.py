@@ -1,4 +1,4 @@
-"""The matrix: every elementwise loss, with its oracle. A new loss joins by one entry in `LOSSES`."""
+"""The matrix: every elementwise loss, with its oracle; a new one joins by an entry in `LOSSES`."""
 
 import dataclasses
 import functools

@@ -1,5 +1,7 @@
 """`jaxbce.nnx.MultiLabelHead`: a linear layer whose loss and top labels hold no logits."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,25 @@ def make(**options):
 
 def features(*lead):
     return jax.random.normal(jax.random.key(2), (*(lead or (BATCH,)), WIDTH))
+
+
+@pytest.mark.parametrize(
+    ("method", "function"),
+    [
+        (MultiLabelHead.loss, jaxbce.linear_bce_with_logits),
+        (MultiLabelHead.update, jaxbce.linear_update),
+    ],
+    ids=["loss", "update"],
+)
+def test_a_method_takes_what_its_function_takes(method, function):
+    """In its order, but for the layer and its devices, which are those of the module."""
+    of_module = {"kernel", "bias", "params", "opt_state", "chunk_size", "mesh"}
+    of_module |= {"batch_axis", "label_axis"}
+    taken = inspect.signature(method).parameters.values()
+    wanted = inspect.signature(function).parameters.values()
+    assert [(each.name, each.default) for each in taken if each.name != "self"] == [
+        (each.name, each.default) for each in wanted if each.name not in of_module
+    ]
 
 
 OPTIONS = {

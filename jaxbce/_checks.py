@@ -70,7 +70,7 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
         try:
             error.throw()
         except checkify.JaxRuntimeError as failure:
-            raise ValueError(str(failure)) from None
+            raise ValueError(str(failure).removesuffix(" (`check` failed)")) from None
         return result
 
     return with_checks
@@ -97,6 +97,8 @@ def _admit(name: str, argument: str, values: Any) -> Any:
     if not isinstance(values, (jax.Array, np.ndarray, np.generic)):
         convertible = isinstance(values, (list, tuple)) or hasattr(values, "__array__")
         remedy = "wrap it in jax.numpy.asarray" if convertible else "pass an array"
+        if convertible and argument in ("positives", "ignored"):
+            remedy += ", its rows padded with -1 to one length"
         kind = type(values).__name__
         raise TypeError(f"{name}: {argument} must be an array or a number, got {kind}; {remedy}")
     number = values.dtype == bool or jnp.issubdtype(values.dtype, jnp.number)
@@ -274,7 +276,7 @@ def check_one_of(name: str, **arguments: Any) -> None:
     if len(given) != 1:
         raise ValueError(
             f"{name}: exactly one of {' and '.join(arguments)} must be given, got "
-            f"{' and '.join(given) or 'neither'}"
+            f"{' and '.join(given) or 'neither'}; give one by its name"
         )
 
 

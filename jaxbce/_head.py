@@ -209,6 +209,8 @@ def linear_loss(
     devices = _sharding.Devices.named(
         name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis
     )
+    numbers = _operands.numbered(name, per_label)
+    chunk_loss = _operands.own_loss(name, loss, len(numbers))
     arrays = _operands.admit(
         name,
         features,
@@ -216,7 +218,7 @@ def linear_loss(
         bias,
         positives=positives,
         labels=labels,
-        per_label=_operands.numbered(name, per_label),
+        per_label=numbers,
         weight=weight,
         where=where,
         ignored=ignored,
@@ -225,7 +227,7 @@ def linear_loss(
         *arrays,
         name=name,
         reduction=reduction,
-        loss=_operands.own_loss(name, loss, len(per_label)),
+        loss=chunk_loss,
         devices=devices,
     )
     return result

@@ -179,6 +179,7 @@ def balanced_pos_weight(
     positives: ArrayLike | None = None,
     num_labels: int | None = None,
     where: ArrayLike | None = None,
+    ignored: ArrayLike | None = None,
     max_weight: float | None = None,
 ) -> jax.Array:
     """The `pos_weight` with which the two classes of each label weigh the same.
@@ -196,6 +197,8 @@ def balanced_pos_weight(
       positives: integer array [..., P] of label ids instead, padded with -1.
       num_labels: the number of labels L, an int; with positives only.
       where: bool array that broadcasts to [..., L]; False leaves an element out. None keeps all.
+      ignored: integer array [..., I] of label ids that each row leaves out, padded with -1; with
+        positives only.
       max_weight: number > 0, the largest result; None is no limit, about 10 keeps a rare label from
         dominating.
 
@@ -203,10 +206,11 @@ def balanced_pos_weight(
       A float32 array [L] (float64 for float64 labels).
 
     Raises:
-      TypeError: labels are not a real array, positives not an integer array, where is not bool,
-        max_weight is not a real number.
-      ValueError: neither or both of labels and positives, positives without num_labels, a shape
-        that does not fit, or max_weight is not positive (a traced one is not checked).
+      TypeError: labels are not a real array, positives or ignored not an integer array, where is
+        not bool, max_weight is not a real number.
+      ValueError: neither or both of labels and positives, positives without num_labels, labels with
+        ignored, a shape that does not fit, or max_weight is not positive (a traced one is not
+        checked).
 
     Edge values: a label without positives gets its number of negatives, at most max_weight; one
     without negatives, or with nothing kept, 0. What is masked may hold anything, also NaN.
@@ -225,7 +229,7 @@ def balanced_pos_weight(
     if max_weight is not None:
         (max_weight,) = _checks.admit(name, max_weight=max_weight)
         _check_positive(name, "max_weight", max_weight)
-    count, negatives = _counts(name, labels, positives, num_labels, where)
+    count, negatives = _counts(name, labels, positives, num_labels, where, ignored)
     weight = negatives / jnp.maximum(count, 1)
     if max_weight is None:
         return weight
@@ -238,6 +242,7 @@ def prior_bias(
     positives: ArrayLike | None = None,
     num_labels: int | None = None,
     where: ArrayLike | None = None,
+    ignored: ArrayLike | None = None,
 ) -> jax.Array:
     """The bias with which an untrained output layer predicts the base rate of each label.
 
@@ -254,14 +259,17 @@ def prior_bias(
       positives: integer array [..., P] of label ids instead, padded with -1.
       num_labels: the number of labels L, an int; with positives only.
       where: bool array that broadcasts to [..., L]; False leaves an element out. None keeps all.
+      ignored: integer array [..., I] of label ids that each row leaves out, padded with -1; with
+        positives only.
 
     Returns:
       A float32 array [L] (float64 for float64 labels).
 
     Raises:
-      TypeError: labels are not a real array, positives not an integer array, where is not bool.
-      ValueError: neither or both of labels and positives, positives without num_labels, or a shape
-        that does not fit.
+      TypeError: labels are not a real array, positives or ignored not an integer array, where is
+        not bool.
+      ValueError: neither or both of labels and positives, positives without num_labels, labels with
+        ignored, or a shape that does not fit.
 
     Edge values: finite for every label; 0 where nothing is kept. What is masked may hold anything,
     also NaN.
@@ -277,7 +285,7 @@ def prior_bias(
     Source: Lin et al., "Focal loss for dense object detection" (2017), section 4.1; the ½ is
     Jeffreys' prior.
     """
-    count, negatives = _counts("prior_bias", labels, positives, num_labels, where)
+    count, negatives = _counts("prior_bias", labels, positives, num_labels, where, ignored)
     return jnp.log((count + 0.5) / (negatives + 0.5))
 
 
@@ -287,19 +295,27 @@ def _counts(
     positives: ArrayLike | None,
     num_labels: Any,
     where: ArrayLike | None,
+    ignored: ArrayLike | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """For each label: its positives and its negatives, of what `where` keeps."""
+    """For each label: its positives and its negatives, of what is kept."""
     _checks.check_one_of(name, labels=labels, positives=positives)
-    labels, positives, where = _checks.admit(name, labels=labels, positives=positives, where=where)
+    labels, positives, where, ignored = _checks.admit(
+        name, labels=labels, positives=positives, where=where, ignored=ignored
+    )
     if positives is None:
         if num_labels is not None:
             raise ValueError(
                 f"{name}: num_labels goes with positives, got labels and num_labels={num_labels}"
             )
+        if ignored is not None:
+            raise ValueError(
+                f"{name}: ignored goes with positives, got it with labels; leave elements of dense "
+                "labels out by where"
+            )
         count, kept = _dense_counts(labels, where, name=name)
     else:
         _checks.check_size(name, "num_labels", num_labels, least=0)
-        count, kept = _sparse_counts(positives, where, name=name, num_labels=num_labels)
+        count, kept = _sparse_counts(positives, where, ignored, name=name, num_labels=num_labels)
     # Large floats are rounded, each sum in its own way: no negatives may come out as less than 0.
     negatives = kept - count
     return count, jnp.where(negatives < 0, 0, negatives)
@@ -329,13 +345,27 @@ def _dense_counts(labels: Any, where: Any, *, name: str) -> tuple[jax.Array, jax
 
 @_placement.compiled("name", "num_labels", result=replicated)
 def _sparse_counts(
-    positives: Any, where: Any, *, name: str, num_labels: int
+    positives: Any, where: Any, ignored: Any, *, name: str, num_labels: int
 ) -> tuple[jax.Array, jax.Array]:
     shape = (*jnp.shape(positives)[:-1], num_labels)
     where = _checks.mask(name, where, "multi-hot labels", shape)
     rows = None if where is None else jnp.any(where, axis=-1)
+    ids = _checks.positives(name, positives, num_labels, keep=rows)
+    kept = _kept_per_label(where, shape, jnp.float32)
+    if ignored is None:
+        return _rows_with(ids, where, num_labels).astype(jnp.float32), kept
+    rows_of = ("positives", ids.shape)
+    left_out = _checks.positives(name, ignored, num_labels, argument="ignored", rows_of=rows_of)
+    either = jnp.concatenate([ids, left_out], axis=-1)
+    out = _rows_with(left_out, where, num_labels)
+    count = _rows_with(either, where, num_labels) - out
+    return count.astype(jnp.float32), kept - out.astype(jnp.float32)
+
+
+def _rows_with(ids: jax.Array, where: Any, num_labels: int) -> jax.Array:
+    """For each label the number of rows whose `ids` have it, where it is kept."""
     # Sorted, a duplicate stands beside its like.
-    ids = jnp.sort(_checks.positives(name, positives, num_labels, keep=rows), axis=-1)
+    ids = jnp.sort(ids, axis=-1)
     counted = jnp.diff(ids, axis=-1, prepend=-1) != 0
     if where is not None:
         # `where` is read at each id in its own shape: broadcast it would be as large as the labels.
@@ -343,8 +373,7 @@ def _sparse_counts(
         counted &= jnp.take_along_axis(where, at, axis=-1, mode="fill", fill_value=False)
     ids = jnp.where(counted, ids, num_labels)
     # A float32, to which they are added one after another, would stop at 2^24; uint32 at 2^32.
-    count = jnp.zeros(num_labels, jnp.uint32).at[ids].add(1, mode="drop")
-    return count.astype(jnp.float32), _kept_per_label(where, shape, jnp.float32)
+    return jnp.zeros(num_labels, jnp.uint32).at[ids].add(1, mode="drop")
 
 
 def _kept_per_label(where: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -57,7 +57,7 @@ def own_loss(name: str, loss: Any, num_arrays: int) -> _linear.OwnLoss:
     if not callable(loss):
         raise TypeError(
             f"{name}: loss must be a function of (logits, labels, *per_label), got "
-            f"{type(loss).__name__}"
+            f"{type(loss).__name__}; linear_loss takes it first, linear_update as loss=..."
         )
     elements = jax.ShapeDtypeStruct((2, 3), jnp.float32)
     numbers = [jax.ShapeDtypeStruct((3,), jnp.float32)] * num_arrays

@@ -243,8 +243,8 @@ def _layout(name: str, optimizer: Any, params: Any, opt_state: Any) -> Layout:
         raise ValueError(
             f"{name}: optimizer treats elements together, as clipping by a global norm, trust "
             "ratios and tests for NaN do; its step needs the whole gradient, so use "
-            "jax.value_and_grad of jaxbce.linear_loss with it, or an optimizer that treats "
-            "elements independently"
+            "jax.value_and_grad of jaxbce.linear_bce_with_logits or linear_loss with it, or an "
+            "optimizer that treats elements independently, as optax.clip does"
         )
     return Layout(jax.tree.structure(own), by_label)
 

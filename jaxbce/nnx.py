@@ -175,11 +175,26 @@ class MultiLabelHead(nnx.Module):
         The optimizer is an `nnx.Optimizer` of this head, `nnx.Optimizer(head, optax.adam(1e-3),
         wrt=nnx.Param)`; the other arguments are those of `linear_update`. Kernel and optimizer
         change in place. Returns the loss and its gradient with respect to the features, before the
-        step; products are in the dtype that features and parameters promote to.
+        step. Products are in the dtype of the parameters, or a wider one of the features: a `dtype`
+        that is narrower is a ValueError.
         """
+        if not isinstance(optimizer, nnx.Optimizer):
+            raise TypeError(
+                "MultiLabelHead: optimizer must be a flax.nnx.Optimizer, got "
+                f"{type(optimizer).__name__}; make one of this head alone, "
+                "flax.nnx.Optimizer(head, tx, wrt=flax.nnx.Param)"
+            )
         params = {"kernel": self.kernel[...]}
         if self.bias is not None:
             params["bias"] = self.bias[...]
+        given, param_dtype = self._checked(features), self.kernel[...].dtype
+        dtype = jnp.dtype(self.dtype or given.dtype)
+        if self.dtype is not None and self._promoted(dtype, param_dtype) != dtype:
+            raise ValueError(
+                f"MultiLabelHead: update multiplies in {param_dtype}, the dtype of the parameters, "
+                f"got dtype={dtype}; make the head with param_dtype={dtype}, for which there is "
+                "rounding_key, or without dtype"
+            )
         state = jax.tree.leaves(optimizer.opt_state, is_leaf=_is_variable)
         state = [leaf for leaf in state if jax.tree.leaves(leaf)]  # what optax masks holds nothing
         expected = jax.eval_shape(optimizer.tx.init, params)
@@ -190,7 +205,7 @@ class MultiLabelHead(nnx.Module):
             )
         step = jaxbce.linear_update(
             optimizer.tx,
-            self._checked(features),
+            given.astype(dtype),
             params,
             jax.tree.unflatten(jax.tree.structure(expected), [leaf[...] for leaf in state]),
             loss=loss,
@@ -212,7 +227,7 @@ class MultiLabelHead(nnx.Module):
         for variable, value in zip(state, jax.tree.leaves(step.opt_state), strict=True):
             variable[...] = value
         optimizer.step[...] += 1
-        return step.loss, step.features_gradient
+        return step.loss, step.features_gradient.astype(given.dtype)
 
     def top_k(self, features: ArrayLike, k: int) -> tuple[jax.Array, jax.Array]:
         """The k highest logits and their labels, both [..., k], highest first.
@@ -229,10 +244,14 @@ class MultiLabelHead(nnx.Module):
     def _operands(self, features: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """Features and kernel in the dtype of their product, and the bias."""
         features, kernel = self._checked(features), self.kernel[...]
-        with jax.numpy_dtype_promotion("standard"):  # a user's own setting may refuse it
-            dtype = self.dtype or jnp.promote_types(features.dtype, kernel.dtype)
+        dtype = self.dtype or self._promoted(features.dtype, kernel.dtype)
         bias = None if self.bias is None else self.bias[...]
         return features.astype(dtype), kernel.astype(dtype), bias
+
+    @staticmethod
+    def _promoted(*dtypes: DTypeLike) -> Any:
+        with jax.numpy_dtype_promotion("standard"):  # a user's own setting may refuse it
+            return jnp.promote_types(*dtypes)
 
     def _checked(self, features: ArrayLike) -> jax.Array:
         features = jnp.asarray(features)

@@ -365,6 +365,17 @@ def test_prior_bias(arguments, where):
     np.testing.assert_allclose(got, np.log((positives + 0.5) / (negatives + 0.5)), rtol=1e-6)
 
 
+@every_mask
+@pytest.mark.parametrize("fn", [jaxbce.balanced_pos_weight, jaxbce.prior_bias])
+def test_ignored_labels_are_not_counted(fn, where):
+    """Duplicates, padding, and positives among them."""
+    ignored = np.array([[2, 1, 2], [-1, 7, -1], [0, 3, 4], [3, 3, -1]])
+    kept = np.asarray(jaxbce.multi_hot(ignored, 5)) == 0
+    kept = kept if where is None else kept & where
+    got = fn(positives=POSITIVES, num_labels=5, where=where, ignored=ignored)
+    np.testing.assert_allclose(got, fn(DENSE, where=kept), rtol=1e-6)
+
+
 def test_an_untrained_head_predicts_the_base_rate(rng):
     labels = (rng.random((1000, 4)) < [0.5, 0.1, 0.01, 0.9]).astype(np.float32)
     probabilities = jax.nn.sigmoid(jaxbce.prior_bias(labels))
@@ -424,6 +435,12 @@ def test_counting_ids_needs_no_dense_labels():
         ({"labels": np.float32(1)}, ValueError, "labels must have an axis"),
         ({"labels": DENSE, "where": DENSE}, TypeError, "where must be bool"),
         ({"labels": DENSE, "where": DENSE[:, 0] == 0}, ValueError, r"where\[:, None\]"),
+        ({"labels": DENSE, "ignored": POSITIVES}, ValueError, "ignored goes with positives"),
+        (
+            {"positives": POSITIVES, "num_labels": 5, "ignored": POSITIVES[:2]},
+            ValueError,
+            "ignored must have shape .* leading axes of positives",
+        ),
     ],
     ids=[
         "neither",
@@ -433,6 +450,8 @@ def test_counting_ids_needs_no_dense_labels():
         "one label",
         "integer where",
         "where per row",
+        "dense and ignored",
+        "rows of ignored",
     ],
 )
 def test_count_errors(fn, arguments, error, message):

@@ -170,6 +170,24 @@ def test_dtypes(dtype, param_dtype):
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
 
 
+def optimizer_of(head):
+    return nnx.Optimizer(head, optax.sgd(0.1), wrt=nnx.Param)
+
+
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+@jax.numpy_dtype_promotion("standard")
+def test_update_multiplies_in_dtype(param_dtype):
+    """As `loss` does, of features of another dtype."""
+    head = make(dtype=param_dtype, param_dtype=param_dtype)
+    x = features().astype("float32" if param_dtype == "bfloat16" else "bfloat16")
+    expected = nnx.value_and_grad(lambda _, x: head.loss(x, positives=POSITIVES), argnums=1)(0, x)
+    got = head.update(optimizer_of(head), x, positives=POSITIVES)
+    assert [each.dtype for each in got] == [each.dtype for each in expected]
+    for each, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(np.float32(each), np.float32(other), rtol=1e-2)
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-6)
+
+
 def test_abstract_and_jitted_creation():
     shapes = nnx.eval_shape(lambda: make(prior=0.1))
     assert shapes.kernel.shape == (WIDTH, LABELS)
@@ -187,6 +205,12 @@ def test_abstract_and_jitted_creation():
         (lambda: make()(np.zeros((2, 3))), r"features must have shape \(..., 8\), got \(2, 3\)"),
         (lambda: make().loss(features()), "exactly one of positives and labels"),
         (lambda: make().top_k(features(), 38), "k must be .* at most 37"),
+        (
+            lambda: (head := make(dtype="bfloat16")).update(
+                optimizer_of(head), features(), positives=POSITIVES
+            ),
+            "update multiplies in float32, .* got dtype=bfloat16; make .* param_dtype=bfloat16",
+        ),
     ],
     ids=[
         "prior without bias",
@@ -197,8 +221,14 @@ def test_abstract_and_jitted_creation():
         "width",
         "no labels",
         "k",
+        "narrower dtype",
     ],
 )
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_update_takes_an_optimizer_of_flax():
+    with pytest.raises(TypeError, match=r"a flax.nnx.Optimizer, got Gradient.*nnx.Optimizer\(head"):
+        make().update(optax.sgd(0.1), features(), positives=POSITIVES)

@@ -41,7 +41,8 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
 
     Edge values: what `where` masks, or a weight of 0 drops, may hold anything and is not checked.
 
-    Differentiable: yes, `checked(jax.grad(loss))`.
+    Differentiable: yes, `checked(jax.grad(loss))`. In a loop that is differentiated JAX drops the
+    checks: of a loss with a `jax.lax.scan` in it, check the loss.
 
     Example:
       >>> import jax, jaxbce

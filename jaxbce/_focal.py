@@ -439,7 +439,8 @@ def asymmetric_loss(
     Edge values: a zero coefficient annihilates (0 · ∞ = 0). (+∞, 1) and (−∞, 0) give loss 0 and
     gradient 0; (−∞, 1) gives loss ∞ and gradient −1; (+∞, 0) gives loss ∞ and gradient 1 with clip
     0, else loss −(1 − clip)^gamma_neg log(clip) and gradient 0. At p = clip every derivative is 0,
-    as below. NaN gives NaN. Where masked, or where weight is 0, anything gives 0.
+    as below: a bias that starts there, from a rare prior, leaves negatives nothing to learn. NaN
+    gives NaN. Where masked, or where weight is 0, anything gives 0.
 
     Differentiable: with respect to logits, float labels and weight, each in its own dtype and
     shape, in reverse mode and forward over reverse (`jax.hessian`) to any order; finite wherever

@@ -311,7 +311,7 @@ def _evaluate(
     loss: _linear.ChunkLoss,
     devices: _sharding.Devices,
 ) -> jax.Array:
-    lead, operands, weight = _operands.prepare(*arrays, name=name, reduction=reduction)
+    lead, operands, weight = _operands.prepare(*arrays, name=name, reduction=reduction, loss=loss)
     how = devices.over(name, *operands.sizes(), loss)
     if reduction != "none":
         return _linear.total_loss(how, operands)

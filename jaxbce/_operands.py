@@ -121,6 +121,7 @@ def prepare(
     *,
     name: str,
     reduction: str,
+    loss: _linear.ChunkLoss,
 ) -> tuple[tuple[int, ...], _linear.Operands, jax.Array | None]:
     """The leading axes of the rows, the operands of a pass over them, and the weight of each."""
     features, kernel, bias = prepare_layer(name, features, kernel, bias)
@@ -181,7 +182,7 @@ def prepare(
         ignored=ignored,
         scale=_scale(weight, kept, lead, num_labels, dtype, reduction),
     )
-    if labels is not None:
+    if labels is not None and loss is _linear.bce:  # a loss of the user's may take any
         mask = _linear.chunk_mask(operands, 0, 0, num_labels)
         if counted is not None:
             mask = counted[:, None] if mask is None else mask & counted[:, None]

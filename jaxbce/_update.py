@@ -100,7 +100,8 @@ def linear_update(
       TypeError: optimizer has no init and update, its update needs more than gradients, state and
         parameters, params is not such a dict, an array is of the wrong dtype, or as `linear_loss`.
       ValueError: the optimizer mixes elements, if only in some steps (clipping by a global norm,
-        factored moments, trust ratios, skipping what is not finite), or holds a traced value,
+        factored moments, trust ratios, skipping what is not finite), depends on the number of
+        labels, or holds a traced value,
         opt_state is not that of the optimizer and params, pos_weight or label_smoothing are given
         with a loss, rounding_key without parameters in bfloat16, or as `linear_loss`.
 
@@ -277,8 +278,8 @@ def _mixes(name: str, optimizer: Any, dtypes: tuple[tuple[str, Any], ...]) -> bo
         jaxpr = jax.make_jaxpr(step)(params, gradients)
     except TypeError as error:
         raise TypeError(
-            f"{name}: optimizer.update must take (gradients, state, params) and no more, got "
-            f"{error}"
+            f"{name}: optimizer.update must take (gradients, state, params) and no more, of any "
+            f"number of labels: an array for each label belongs in its state; got {error}"
         ) from error
     if not set(_reduced(jaxpr.jaxpr)) <= {1, width}:
         return True
@@ -300,9 +301,19 @@ def _mixes(name: str, optimizer: Any, dtypes: tuple[tuple[str, Any], ...]) -> bo
         return not all(map(functools.partial(np.allclose, rtol=1e-5), joined, whole))
 
 
-def _reduced(jaxpr: Any) -> Iterator[int]:
-    """The sizes of the axes over which a program sums, compares or sorts, wherever in it."""
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """Of a program, wherever in it."""
     for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)
+
+
+def _reduced(jaxpr: Any) -> Iterator[int]:
+    """The sizes of the axes over which a program sums, compares or sorts."""
+    for equation in _equations(jaxpr):
         primitive, params = equation.primitive.name, equation.params
         axes: Sequence[int] = ()
         if primitive.startswith(("reduce_", "arg")):
@@ -312,10 +323,21 @@ def _reduced(jaxpr: Any) -> Iterator[int]:
         elif primitive.startswith(("cum", "sort")):
             axes = [params.get("axis", params.get("dimension"))]
         yield from (equation.invars[0].aval.shape[axis] for axis in axes)
-        for inner in jax.tree.leaves(list(params.values())):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from _reduced(inner)
+
+
+def _outline(optimizer: Any, params: dict[str, jax.Array], num_labels: int) -> list[str]:
+    """What the optimizer does to so many labels, but for the shapes: operations and numbers."""
+    shapes = {
+        argument: jax.ShapeDtypeStruct((*a.shape[:-1], num_labels), _kernels.accumulator(a))
+        for argument, a in params.items()
+    }
+    jaxpr = jax.make_jaxpr(lambda p: _step(optimizer, p, p, optimizer.init(p)))(shapes)
+    outline = []
+    for equation in _equations(jaxpr.jaxpr):
+        literals = [each.val for each in equation.invars if hasattr(each, "val")]
+        given = [each for each in equation.params.values() if isinstance(each, (int, float, str))]
+        outline.append(f"{equation.primitive.name} {literals} {given}")
+    return outline
 
 
 def _specs(features: Any, kernel: Any, bias: Any, *others: Any, **_: Any) -> Any:
@@ -337,7 +359,7 @@ def _update(
     devices: _sharding.Devices,
 ) -> LinearUpdate:
     *given, opt_state, key = arrays
-    _, operands, _ = _operands.prepare(*given, name=name, reduction=reduction)
+    _, operands, _ = _operands.prepare(*given, name=name, reduction=reduction, loss=loss)
     params = {"kernel": operands.kernel}
     if operands.bias is not None:
         params["bias"] = operands.bias
@@ -357,6 +379,15 @@ def _update(
         return (rounded, jax.tree.map(_like, state, columns[1])), new_others
 
     how = devices.over(name, *operands.sizes(), loss)
+    num_labels = operands.kernel.shape[1]
+    if how.chunk_size != num_labels and (
+        _outline(optimizer, params, how.chunk_size) != _outline(optimizer, params, num_labels)
+    ):
+        raise ValueError(
+            f"{name}: optimizer treats a chunk of {how.chunk_size} labels differently from all "
+            f"{num_labels}, as a mask or a scale that depends on a size does; let it depend on the "
+            "name or the number of axes of a parameter"
+        )
     pass_over = functools.partial(update_pass, new_columns)
     rows, slope, (params, state), others = how.update(
         pass_over, operands, (params, state), others, key

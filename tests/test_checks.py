@@ -413,9 +413,9 @@ def test_one_id_a_row_is_an_axis():
 # --- checked -----------------------------------------------------------------------------------
 
 
-def scanned(scores, labels, **options):
+def scanned(scores, labels, loss=jaxbce.bce_with_logits):
     def body(carry, row):
-        return carry, jaxbce.bce_with_logits(*row, **options)
+        return carry, loss(*row)
 
     return jax.lax.scan(body, 0, (scores, labels))[1]
 
@@ -427,6 +427,7 @@ WRAPPED = {
     "jit of grad": jax.jit(jax.grad(jaxbce.bce_with_logits)),
     "vmap": jax.vmap(jaxbce.bce_with_logits),
     "scan": scanned,
+    "scan of grad": functools.partial(scanned, loss=jax.grad(jaxbce.bce_with_logits)),
     "remat": jax.grad(jax.checkpoint(jaxbce.bce_with_logits)),
 }
 every_wrapping = pytest.mark.parametrize("fn", WRAPPED.values(), ids=WRAPPED)
@@ -455,6 +456,20 @@ def test_checked_ignores_what_is_not_kept():
     kept = np.array([[True], [False], [True], [True]])
     jaxbce.checked(jaxbce.bce_with_logits)(X, labels, where=kept)
     jaxbce.checked(jaxbce.bce_with_logits)(X, labels, weight=kept.astype(np.float32))
+
+
+def test_checked_lets_a_loss_of_the_users_take_any_labels():
+    def hinge(logits, labels):
+        return jnp.maximum(0, 1 - logits * labels)
+
+    def loss(labels):
+        return jaxbce.linear_loss(hinge, FEATURES, KERNEL, labels=labels)
+
+    labels = np.float32([[1, -1, 1]] * 4)
+    assert jaxbce.checked(loss)(labels) == loss(labels)
+    bce = functools.partial(jaxbce.bce_with_logits, reduction="none")
+    with pytest.raises(ValueError, match=r"bce_with_logits: labels must be in \[0, 1\], got -1"):
+        jaxbce.checked(jaxbce.linear_loss)(bce, FEATURES, KERNEL, labels=labels)
 
 
 BAD_IDS = np.array([[2, -1], [0, 7], [1, -1], [-5, 0]])

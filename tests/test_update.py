@@ -375,6 +375,38 @@ def test_an_optimizer_that_mixes_elements_is_refused(optimizer, rng):
         call(rng, optimizer)
 
 
+BY_SIZE = {
+    "mask": optax.adamw(
+        0.1, weight_decay=1.0, mask=lambda params: jax.tree.map(lambda a: a.size > 60, params)
+    ),
+    "label": optax.partition(
+        {"step": optax.sgd(1.0), "stay": optax.set_to_zero()},
+        lambda params: jax.tree.map(lambda a: "step" if a.shape[-1] > 30 else "stay", params),
+    ),
+    "number": optax.stateless(
+        lambda slopes, _: jax.tree.map(lambda s: -s * min(35, max(7, s.shape[-1])), slopes)
+    ),
+}
+
+
+@pytest.mark.parametrize("optimizer", BY_SIZE.values(), ids=BY_SIZE)
+def test_an_optimizer_that_depends_on_the_number_of_labels_is_refused(optimizer, rng):
+    """Unless one chunk is all labels."""
+    arguments = draw_head(rng, ROWS, 40, NAMES)
+    whole = inside(optimizer, arguments, steps=1, chunk_size=40)
+    assert_close(whole.params, apart(optimizer, arguments, steps=1).params)
+    for chunk_size in (1, 7, 30):
+        with pytest.raises(ValueError, match=rf"a chunk of {chunk_size} labels .* from all 40"):
+            inside(optimizer, arguments, steps=1, chunk_size=chunk_size)
+
+
+def test_an_optimizer_that_holds_an_array_of_the_labels_is_refused(rng):
+    rates = {"kernel": jnp.ones(LABELS), "bias": jnp.ones(LABELS)}
+    optimizer = optax.stateless(lambda slopes, _: jax.tree.map(jnp.multiply, slopes, rates))
+    with pytest.raises(TypeError, match="an array for each label belongs in its state; got mul"):
+        call(rng, optimizer)
+
+
 def test_settings_that_forbid_nan_and_transfers(rng):
     """The optimizer is tried once, while the program is traced."""
     features, params, given = split(draw_head(rng, ROWS, LABELS, NAMES))

@@ -1,6 +1,9 @@
 """JAX as strict as it can be, on eight virtual CPU devices."""
 
+import atexit
 import gc
+import os
+import tempfile
 
 import jax
 import numpy as np
@@ -10,6 +13,16 @@ from hypothesis import settings
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# What one process of the tests compiled, the others need not compile, nor itself once more after
+# `jax.clear_caches`. The first one makes the folder and removes it.
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+if CACHE not in os.environ:
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    os.environ[CACHE] = folder.name
+jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("repeatable")

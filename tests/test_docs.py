@@ -29,6 +29,7 @@ def run(block):
         exec(compile(block, "block", "exec"), {"__name__": "block"})
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("block", cases("python"))
 def test_python_block_runs(block):
     run(block)

@@ -14,6 +14,8 @@ from losses import LOSSES, every_kernel
 
 import jaxbce
 
+pytestmark = pytest.mark.thorough
+
 # Few, so that most examples find their program compiled; other shapes are for `test_fuzz.py`.
 SHAPES = st.sampled_from([(7,), (3, 5)])
 FINITE = st.floats(-1e4, 1e4, width=32)

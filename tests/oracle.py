@@ -39,8 +39,11 @@ def bce_with_logits(x, y, q=1.0):
 
 
 def derivative(order, x, y):
-    """The derivative of that order, from 0 to 2, of `bce_with_logits` with respect to x."""
-    return (bce_value, bce_slope)[order](x, y) if order < 2 else sigmoid(x) * sigmoid(-x)
+    """The derivative of that order, from 0 to 3, of `bce_with_logits` with respect to x."""
+    if order < 2:
+        return (bce_value, bce_slope)[order](x, y)
+    second = sigmoid(x) * sigmoid(-x)
+    return second if order == 2 else -second * np.tanh(x / 2)
 
 
 def bce(p, y):

@@ -35,7 +35,9 @@ every_label = pytest.mark.parametrize("label", [0.0, 1.0], ids="label={}".format
 @every_backend
 @every_label
 @pytest.mark.parametrize(
-    ("order", "bound"), [(0, 5), (1, 5), (2, 7)], ids=["loss", "gradient", "second derivative"]
+    ("order", "bound"),
+    [(0, 5), (1, 5), (2, 7), (3, 10)],
+    ids=["loss", "gradient", "second derivative", "third derivative"],
 )
 def test_the_worst_is_below_what_was_derived(backend, label, order, bound):
     """And that below the bound. The other rows of the table are no worse than these."""

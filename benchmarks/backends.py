@@ -351,9 +351,8 @@ def main() -> None:
     for backend in args.backends:
         for contender in args.contenders:
             errors = []
-            for order in range(
-                4 if contender == "jaxbce" else 3
-            ):  # of the others no digit is right
+            # The third of the others takes long, and has no digit right, as their second.
+            for order in range(4 if contender == "jaxbce" else 3):
                 errors.append(
                     max(
                         measure(backend, CONTENDERS[contender], order, x, label)

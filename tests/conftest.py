@@ -22,7 +22,7 @@ if CACHE not in os.environ and jax.__version_info__ >= (0, 10):
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     os.environ[CACHE] = folder.name
-    jax.config.update("jax_compilation_cache_dir", folder.name)
+jax.config.update("jax_compilation_cache_dir", os.environ.get(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)

@@ -205,8 +205,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     survivors = []
     # Of a mutant only what it changes is compiled.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
     context = multiprocessing.get_context("fork")
     with context.Pool(args.processes, maxtasksperchild=1) as pool:
         modules = args.modules or list(TESTS)

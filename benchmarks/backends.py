@@ -93,6 +93,16 @@ def inexact_error(backend: str, equation: Any) -> float:
     return dict(zip(PLAIN, TABLE[backend], strict=True))["exp" if name == "exp2" else name]
 
 
+def live(jaxpr: Any) -> list[Any]:
+    """The equations whose results are used: with a gradient JAX keeps the loss, unused."""
+    used, equations = set(jaxpr.outvars), []
+    for equation in reversed(jaxpr.eqns):
+        if used & set(equation.outvars):
+            equations.append(equation)
+            used |= {atom for atom in equation.invars if not hasattr(atom, "val")}
+    return equations[::-1]
+
+
 class Backend:
     """Evaluates a jaxpr; `signs` says of each inexact operation, in order, where it is off."""
 
@@ -108,7 +118,7 @@ class Backend:
             return np.asarray(atom.val) if hasattr(atom, "val") else values[atom]
 
         with np.errstate(all="ignore"):
-            for equation in jaxpr.eqns:
+            for equation in live(jaxpr):
                 results = self.operate(equation, [read(atom) for atom in equation.invars])
                 values |= dict(zip(equation.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]

@@ -37,7 +37,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # Module: the files whose tests must notice, the fastest judge first.
 TESTS = {
-    "_kernels": ["test_functions", "test_losses", "test_accuracy", "test_focal", "test_linear"],
+    "_kernels": ["test_functions", "test_accuracy", "test_backends", "test_focal", "test_losses"],
     "_reduce": ["test_losses", "test_placement", "test_linear"],
     "_linear": ["test_linear", "test_linear_loss", "test_composition", "test_sharding"],
     "_operands": ["test_linear", "test_linear_loss"],
@@ -74,7 +74,7 @@ SWAPS = {
 NAMES = {"maximum": "minimum", "minimum": "maximum", "any": "all", "all": "any", "ones": "zeros"}
 NAMES |= {"ones_like": "zeros_like", "zeros_like": "ones_like", "max": "min", "min": "max"}
 
-# The line of a survivor, as `--list` prints it, and why no test can see it.
+# What is changed, as `--list` prints it, and why no test can see it.
 EQUIVALENT: dict[str, str] = {}
 
 
@@ -131,19 +131,24 @@ def skipped(tree: ast.Module) -> set[ast.AST]:
     return {child for node in nodes for child in ast.walk(node)}
 
 
-def mutants(module: str) -> Iterator[tuple[str, str]]:
-    """(what is changed, the whole source)."""
+def mutants(module: str) -> Iterator[tuple[str, str, str]]:
+    """(where, what is changed, the whole source)."""
     tree = ast.parse((ROOT / "jaxbce" / f"{module}.py").read_text())
     left_out = skipped(tree)
     for parent, field, index, node in places(tree):
         if node in left_out:
             continue
+        shown = parent if isinstance(parent, ast.expr) else node
+        before = ast.unparse(shown)
         for other in changes(node):
             put(parent, field, index, other)
-            source = ast.unparse(ast.fix_missing_locations(tree))
+            after = ast.unparse(shown if shown is parent else other)
+            yield (
+                f"{module}:{node.lineno}",
+                f"{before} -> {after}",
+                ast.unparse(ast.fix_missing_locations(tree)),
+            )
             put(parent, field, index, node)
-            line = f"{module}:{node.lineno}: {ast.unparse(node)} -> {ast.unparse(other)}"
-            yield line, source
 
 
 def put(parent: ast.AST, field: str, index: int | None, node: ast.AST) -> None:
@@ -162,7 +167,7 @@ def run_tests(module: str, source: str, *options: str) -> int:
         sys.path[:0] = [folder, str(ROOT / "tests")]
         os.chdir(ROOT)
         files = [f"tests/{name}.py" for name in TESTS[module]]
-        options = ("-x", "-q", "-n0", "-p", "no:cacheprovider", "-o", "addopts=", *options)
+        options = ("-x", "-n0", "-p", "no:cacheprovider", *options)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             return int(pytest.main([*options, *files]))
 
@@ -173,14 +178,14 @@ def collects(module: str) -> bool:
     return run_tests(module, source, "--collect-only") == pytest.ExitCode.OK
 
 
-def survives(job: tuple[str, str, str]) -> tuple[str, bool, float]:
-    module, line, source = job
+def survives(job: tuple[str, str, str]) -> tuple[str, str, bool, float]:
+    place, change, source = job
     started = time.perf_counter()
-    code = run_tests(module, source)
+    code = run_tests(place.partition(":")[0], source)
     # A failed test, or an import that the mutant breaks; all else would be a fault of this script.
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
-        raise RuntimeError(f"pytest ended with {code} at {line}")
-    return line, code == pytest.ExitCode.OK, time.perf_counter() - started
+        raise RuntimeError(f"pytest ended with {code} at {place}: {change}")
+    return place, change, code == pytest.ExitCode.OK, time.perf_counter() - started
 
 
 def main() -> None:
@@ -193,11 +198,11 @@ def main() -> None:
     if unknown := set(args.modules) - set(TESTS):
         parser.error(f"no tests are named here for {', '.join(unknown)}")
 
-    jobs = [(module, *mutant) for module in args.modules or TESTS for mutant in mutants(module)]
+    jobs = [mutant for module in args.modules or TESTS for mutant in mutants(module)]
     if args.sample:
         jobs = random.Random(0).sample(jobs, min(args.sample, len(jobs)))
     if args.list:
-        print(*(line for _, line, _ in jobs), sep="\n")
+        print(*(f"{place}: {change}" for place, change, _ in jobs), sep="\n")
         return
     # Imported once, before each mutant's process is made of this one.
     for name in ("jax", "numpy", "chex", "optax", "flax.nnx", "mpmath"):
@@ -214,10 +219,11 @@ def main() -> None:
         for module, fine in zip(modules, pool.map(collects, modules, chunksize=1), strict=True):
             if not fine:
                 parser.error(f"without a mutant, the tests of {module} cannot be collected")
-        for count, (line, alive, seconds) in enumerate(pool.imap_unordered(survives, jobs), 1):
-            state = "killed" if not alive else "equivalent" if line in EQUIVALENT else "SURVIVED"
-            survivors += [line] if state == "SURVIVED" else []
-            print(f"{count}/{len(jobs)} {state} in {seconds:.0f} s  {line}", flush=True)
+        for count, result in enumerate(pool.imap_unordered(survives, jobs), 1):
+            place, change, alive, seconds = result
+            state = "killed" if not alive else "equivalent" if change in EQUIVALENT else "SURVIVED"
+            survivors += [f"{place}: {change}"] if state == "SURVIVED" else []
+            print(f"{count}/{len(jobs)} {state} in {seconds:.0f} s  {place}: {change}", flush=True)
     print(f"{len(jobs)} mutants, {len(survivors)} survived", *survivors, sep="\n")
     sys.exit(bool(survivors))
 

@@ -18,6 +18,7 @@ from heads import (
 )
 
 import jaxbce
+from jaxbce import _linear
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -426,6 +427,32 @@ def test_a_chunk_takes_only_the_products_it_needs(argnums, products):
     text = lowered(fn).compile().as_text()
     # The program of the last chunk is outside the loop.
     assert len(re.findall(r" dot\(", text)) == 2 * products
+
+
+(ROWS,), (COLUMNS,) = map(jax.export.symbolic_shape, ("rows", "columns"))
+
+
+@pytest.mark.parametrize(
+    ("backend", "batch", "num_labels", "expected"),
+    [
+        ("cpu", 1, 10_000, 2048),
+        ("cpu", 500, 10_000, 1024),
+        ("cpu", 512, 10_000, 1024),
+        ("cpu", 5000, 10_000, 512),
+        ("cpu", 512, 2048, 2048),
+        ("cpu", 512, 2049, 1024),
+        ("cpu", 0, 10_000, 2048),
+        ("gpu", 1, 10**6, 2**15),
+        ("gpu", 1000, 10**6, 8320),
+        ("tpu", 2**20, 10**6, 512),
+        ("cpu", ROWS, 10_000, 512),
+        ("cpu", ROWS, 100, 100),
+        ("cpu", 1, COLUMNS, COLUMNS),
+    ],
+)
+def test_default_chunk(backend, batch, num_labels, expected, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert _linear.default_chunk_size(batch, num_labels) == expected
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])

@@ -101,9 +101,9 @@ def linear_update(
         parameters, params is not such a dict, an array is of the wrong dtype, or as `linear_loss`.
       ValueError: the optimizer mixes elements, if only in some steps (clipping by a global norm,
         factored moments, trust ratios, skipping what is not finite), depends on the number of
-        labels, or holds a traced value,
-        opt_state is not that of the optimizer and params, pos_weight or label_smoothing are given
-        with a loss, rounding_key without parameters in bfloat16, or as `linear_loss`.
+        labels, or holds a traced value, opt_state is not that of the optimizer and params,
+        pos_weight or label_smoothing are given with a loss, rounding_key without parameters in
+        bfloat16, or as `linear_loss`.
 
     Edge values: what is masked or has a weight of 0 has no part in the step. Under `rounding_key`
     NaN and infinities stay, and no finite number becomes infinite.

@@ -105,7 +105,6 @@ def bce(
     label_smoothing: jax.Array | None = None,
 ) -> jax.Array:
     (pos_weight,) = per_label or (None,)
-    dense = labels is not None
     if labels is None:
         assert signs is not None
         if pos_weight is None and label_smoothing is None:
@@ -113,13 +112,7 @@ def bce(
         labels = jnp.maximum(-signs, 0)
     if label_smoothing is not None:
         labels = labels * (1 - label_smoothing) + label_smoothing / 2
-    if dense:
-        return _kernels.over(_kernels.bce_with_logits_forward, 2)(logits, labels, pos_weight)
-    # One array of a chunk less, where no gradient of the labels themselves is wanted.
-    positive = (
-        labels if pos_weight is None else _kernels.over(_kernels.annihilate, 2)(labels, pos_weight)
-    )
-    return _kernels.over(_kernels.softplus_mix, 2)(logits, 1 - labels, positive)
+    return _kernels.over(_kernels.bce_with_logits_forward, 2)(logits, labels, pos_weight)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,6 +107,15 @@ def test_plain_positives_match_the_oracle(chunk_size, rng):
     assert_close(gradients["features"], slope @ np.float64(arguments["kernel"]).T)
 
 
+@pytest.mark.parametrize("target", ["positives", "labels"])
+@pytest.mark.parametrize("option", ["bias", "weight", "pos_weight", "label_smoothing"])
+def test_each_option_alone(option, target, rng):
+    given = draw(rng, target)
+    arguments = {name: given[name] for name in ("features", "kernel", target, option)}
+    got = value_and_gradients(functools.partial(head, chunk_size=4), arguments)
+    assert_close(got, in_float64(dense, arguments))
+
+
 @pytest.mark.parametrize(
     ("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 3e-3)], ids=["float32", "bfloat16"]
 )
@@ -215,16 +224,19 @@ def test_a_small_weight_does_not_vanish_in_float16(rng):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_loss_scale_saves_the_gradients_of_float16(reduction, rng):
-    """They are rounded after the cotangent is multiplied in: of 1 / (rows · labels), all are 0."""
-    num_labels = 30_000
+    """They are rounded after the cotangent is multiplied in: of so small a share, all are 0."""
+    num_labels, share = 30_000, 1e-4
+    weight = jnp.full(4, share)
     features = jnp.asarray(rng.normal(size=(4, 8)), np.float16)
     kernel = jnp.asarray(rng.normal(size=(8, num_labels)) / 8, np.float16)
     labels = jnp.zeros((4, num_labels), np.float16)
 
     def scaled(features, kernel, labels):
-        rows = jaxbce.linear_bce_with_logits(features, kernel, labels=labels, reduction=reduction)
+        rows = jaxbce.linear_bce_with_logits(
+            features, kernel, labels=labels, weight=weight, reduction=reduction
+        )
         rows = rows if reduction == "mean" else jnp.sum(rows) / (4 * num_labels)
-        return rows * 2**16
+        return rows * (2**16 / share)
 
     def dense(features, kernel, labels):
         logits = features.astype(np.float32) @ kernel.astype(np.float32)
@@ -427,6 +439,13 @@ def test_a_chunk_takes_only_the_products_it_needs(argnums, products):
     text = lowered(fn).compile().as_text()
     # The program of the last chunk is outside the loop.
     assert len(re.findall(r" dot\(", text)) == 2 * products
+
+
+def test_one_chunk_takes_no_loop(rng):
+    arguments = draw(rng)
+    for chunk_size, loops in ((LABELS - 1, True), (LABELS, False)):
+        jaxpr = jax.make_jaxpr(functools.partial(head, chunk_size=chunk_size))(arguments)
+        assert ("scan[" in str(jaxpr)) == loops
 
 
 (ROWS,), (COLUMNS,) = map(jax.export.symbolic_shape, ("rows", "columns"))

@@ -180,6 +180,29 @@ def test_every_derivative_up_to_the_third(gamma):
             np.testing.assert_allclose(got[fits], expected[fits], rtol=3e-5, atol=1e-18)
 
 
+@pytest.mark.parametrize("gamma_neg", [0, 1, 2], ids="gamma_neg={}".format)
+def test_derivatives_of_a_negative_of_the_asymmetric_loss(gamma_neg):
+    """To the third, in which m^gamma_neg has become a constant, then 0."""
+
+    def textbook(x):
+        m = 1 / (1 + jnp.exp(-x)) - 0.05
+        return -(m**gamma_neg) * jnp.log1p(-m)
+
+    def derivatives(fn, x):
+        orders = [fn, jax.grad(fn)]
+        for _ in range(2):
+            orders.append(jax.jacfwd(orders[-1]))
+        return [jax.vmap(each)(x) for each in orders]
+
+    x = np.linspace(-2, 6, 50)
+    with jax.enable_x64(True):
+        expected = derivatives(textbook, x)
+    loss = functools.partial(asymmetric, gamma_neg=gamma_neg)
+    got = derivatives(lambda x: loss(x, jnp.float32(0)), np.float32(x))
+    for order in range(4):
+        np.testing.assert_allclose(got[order], expected[order], rtol=1e-4, atol=1e-5)
+
+
 # --- exact cases -------------------------------------------------------------------------------
 
 

@@ -39,7 +39,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 TESTS = {
     "_kernels": ["test_functions", "test_accuracy", "test_backends", "test_focal", "test_losses"],
     "_reduce": ["test_losses", "test_placement", "test_linear"],
-    "_linear": ["test_linear", "test_linear_loss", "test_composition", "test_sharding"],
+    "_linear": ["test_linear", "test_linear_loss", "test_update", "test_sharding"],
     "_operands": ["test_linear", "test_linear_loss"],
     "_update": ["test_update"],
     "_focal": ["test_focal", "test_losses"],
@@ -93,6 +93,17 @@ EQUIVALENT = {
     "jnp.where(x < 0, -magnitude, magnitude) -> jnp.where(x <= 0, -magnitude, magnitude)": (
         "the sign of 0 has no part in a derivative"
     ),
+    "jnp.where(x < 0, -far, far) -> jnp.where(x <= 0, -far, far)": "near 0 it is not taken",
+    "jnp.where(x > 0, a, b) -> jnp.where(x >= 0, a, b)": "at 0 it is multiplied by 0",
+    "jnp.where(p * (1 - p) > 1e-12, (2 * p - 1) * inverse * inverse, 0) -> "
+    "jnp.where(p * (1 - p) >= 1e-12, (2 * p - 1) * inverse * inverse, 0)": "at the bound either is right",
+    "(local >= 0) & (local < size) -> (local >= 0) & (local <= size)": "at `size` it is dropped",
+    "jnp.where(jnp.any(keep, axis=0)[None], chunk['kernel'], 0) -> "
+    "jnp.where(jnp.any(keep, axis=0)[None], chunk['kernel'], 1)": "any finite number will do",
+    "self.loss(logits[None], labels[None], *per_label)[0] -> "
+    "self.loss(logits[None], labels[None], *per_label)[1]": "of one row JAX takes the last",
+    "jnp.zeros(0, operand.dtype) -> jnp.zeros(1, operand.dtype)": "only its dtype is read",
+    "how.run(operands, False) -> how.run(operands, True)": "XLA removes the gradients",
 }
 
 

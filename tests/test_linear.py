@@ -577,7 +577,7 @@ def test_top_k_holds_no_logits():
         return jaxbce.linear_top_k(features, kernel, bias, k=10, chunk_size=4096)
 
     compiled = lowered(top).compile()
-    assert "[256,131072]" not in compiled.as_text()
+    assert max(map(int, re.findall(r"\[256,(\d+)\]", compiled.as_text()))) == 4096
     assert compiled.memory_analysis().temp_size_in_bytes <= 6 * 256 * 4096 * 4
 
 

@@ -38,12 +38,15 @@ def masks(rng):
 MASKS = list(masks(np.random.default_rng(0)))
 CASES = [(mask, "mean") for mask in MASKS]
 CASES += [("where and ignored", reduction) for reduction in REDUCTIONS[1:]]
+OPTIONS = ("bias", "weight", "pos_weight", "label_smoothing")
+CASES = [(*case, OPTIONS) for case in CASES] + [("where", "sum", ()), ("where", "mean", ())]
 
 
-@pytest.mark.parametrize(("mask", "reduction"), CASES, ids=[f"{m}-{r}" for m, r in CASES])
-def test_what_is_masked_is_left_out(mask, reduction, rng):
-    names = ("bias", "weight", "pos_weight", "label_smoothing", "positives")
-    arguments = draw_head(rng, names=names) | masks(rng)[mask]
+@pytest.mark.parametrize(
+    ("mask", "reduction", "options"), CASES, ids=["-".join([*c[:2], *c[2][:1]]) for c in CASES]
+)
+def test_what_is_masked_is_left_out(mask, reduction, options, rng):
+    arguments = draw_head(rng, names=(*options, "positives")) | masks(rng)[mask]
     cotangent = rng.normal(size=ROWS) if reduction == "none" else np.float64(-1.7)
     loss = functools.partial(head, reduction=reduction, chunk_size=3)
     expected = in_float64(functools.partial(dense_head, reduction=reduction), arguments, cotangent)

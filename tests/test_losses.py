@@ -559,6 +559,13 @@ def test_probabilities_of_zero_and_one(p, y, value, slope):
     np.testing.assert_allclose(got, (value, slope), rtol=1e-6)
 
 
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_beyond_its_bound_the_slope_of_a_probability_is_a_line(p):
+    second = jax.grad(jax.grad(jaxbce.bce))
+    assert second(p, 0.5) == np.float32(1e12)
+    assert jax.grad(second)(p, 0.5) == 0
+
+
 PUBLISHED = [
     (-100, 3.720075976020836e-44, 100),
     (-50, 1.9287498479639178e-22, 50),

@@ -96,13 +96,15 @@ EQUIVALENT = {
     "jnp.where(x < 0, -far, far) -> jnp.where(x <= 0, -far, far)": "near 0 it is not taken",
     "jnp.where(x > 0, a, b) -> jnp.where(x >= 0, a, b)": "at 0 it is multiplied by 0",
     "jnp.where(p * (1 - p) > 1e-12, (2 * p - 1) * inverse * inverse, 0) -> "
-    "jnp.where(p * (1 - p) >= 1e-12, (2 * p - 1) * inverse * inverse, 0)": "at the bound either is right",
+    "jnp.where(p * (1 - p) >= 1e-12, (2 * p - 1) * inverse * inverse, 0)": "the bound itself",
     "(local >= 0) & (local < size) -> (local >= 0) & (local <= size)": "at `size` it is dropped",
     "jnp.where(jnp.any(keep, axis=0)[None], chunk['kernel'], 0) -> "
     "jnp.where(jnp.any(keep, axis=0)[None], chunk['kernel'], 1)": "any finite number will do",
     "self.loss(logits[None], labels[None], *per_label)[0] -> "
     "self.loss(logits[None], labels[None], *per_label)[1]": "of one row JAX takes the last",
     "jnp.zeros(0, operand.dtype) -> jnp.zeros(1, operand.dtype)": "only its dtype is read",
+    "num_labels - 1 -> num_labels - 2": "a last chunk of one label joins the one before",
+    "jax.jit(value, inline=True) -> jax.jit(value, inline=False)": "XLA inlines it too",
     "how.run(operands, False) -> how.run(operands, True)": "XLA removes the gradients",
 }
 

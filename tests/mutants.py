@@ -104,7 +104,8 @@ EQUIVALENT = {
     "self.loss(logits[None], labels[None], *per_label)[1]": "of one row JAX takes the last",
     "jnp.zeros(0, operand.dtype) -> jnp.zeros(1, operand.dtype)": "only its dtype is read",
     "num_labels - 1 -> num_labels - 2": "a last chunk of one label joins the one before",
-    "jax.jit(value, inline=True) -> jax.jit(value, inline=False)": "XLA inlines it too",
+    "inline=True -> inline=False": "XLA inlines it too",
+    "strict=True -> strict=False": "the two are of one length",
     "how.run(operands, False) -> how.run(operands, True)": "XLA removes the gradients",
 }
 
@@ -169,7 +170,7 @@ def mutants(module: str) -> Iterator[tuple[str, str, str]]:
     for parent, field, index, node in places(tree):
         if node in left_out:
             continue
-        shown = parent if isinstance(parent, ast.expr) else node
+        shown = parent if isinstance(parent, ast.expr | ast.keyword) else node
         before = ast.unparse(shown)
         for other in changes(node):
             put(parent, field, index, other)

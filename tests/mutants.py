@@ -106,6 +106,7 @@ EQUIVALENT = {
     "num_labels - 1 -> num_labels - 2": "a last chunk of one label joins the one before",
     "inline=True -> inline=False": "XLA inlines it too",
     "strict=True -> strict=False": "the two are of one length",
+    "max(batch, 1) -> max(batch, 2)": "of one row or two a chunk is the largest",
     "how.run(operands, False) -> how.run(operands, True)": "XLA removes the gradients",
 }
 

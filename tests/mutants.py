@@ -38,7 +38,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Module: the files whose tests must notice, the fastest judge first.
 TESTS = {
     "_kernels": ["test_functions", "test_accuracy", "test_backends", "test_focal", "test_losses"],
-    "_reduce": ["test_losses", "test_placement", "test_linear"],
+    "_reduce": ["test_losses", "test_linear_loss", "test_placement", "test_linear"],
     "_linear": ["test_linear", "test_linear_loss", "test_update", "test_sharding"],
     "_operands": ["test_linear", "test_linear_loss"],
     "_update": ["test_update"],
@@ -76,38 +76,30 @@ NAMES |= {"ones_like": "zeros_like", "zeros_like": "ones_like", "max": "min", "m
 
 # What is changed, as `--list` prints it, and why no test can see it.
 EQUIVALENT = {
-    "jnp.minimum(quotient(t, 2 + t), 1) -> jnp.minimum(quotient(t, 2 + t), 2)": (
+    "with_jvp: inline=True -> inline=False": "XLA inlines it too",
+    "log1p_unit: jnp.minimum(quotient(t, 2 + t), 1) -> jnp.minimum(quotient(t, 2 + t), 2)": (
         "the quotient is at most 1 / 3"
     ),
-    "jnp.where(x > 0, x + curved, curved) -> jnp.where(x >= 0, x + curved, curved)": (
-        "at 0 both are the same"
-    ),
-    "jnp.where(x >= 0, a - tail, tail - b) -> jnp.where(x > 0, a - tail, tail - b)": (
-        "at 0 the tail is (a + b) / 2"
-    ),
-    "jnp.where(x >= 0, 1 - y - tail, tail - y) -> jnp.where(x > 0, 1 - y - tail, tail - y)": (
-        "at 0 the tail is 1 / 2"
-    ),
-    "jnp.where(jnp.abs(x) < 1, near, jnp.where(x < 0, -far, far)) -> "
-    "jnp.where(jnp.abs(x) <= 1, near, jnp.where(x < 0, -far, far))": "at 1 both forms hold",
-    "jnp.where(x < 0, -magnitude, magnitude) -> jnp.where(x <= 0, -magnitude, magnitude)": (
-        "the sign of 0 has no part in a derivative"
-    ),
-    "jnp.where(x < 0, -far, far) -> jnp.where(x <= 0, -far, far)": "near 0 it is not taken",
-    "jnp.where(x > 0, a, b) -> jnp.where(x >= 0, a, b)": "at 0 it is multiplied by 0",
-    "jnp.where(p * (1 - p) > 1e-12, (2 * p - 1) * inverse * inverse, 0) -> "
-    "jnp.where(p * (1 - p) >= 1e-12, (2 * p - 1) * inverse * inverse, 0)": "the bound itself",
-    "(local >= 0) & (local < size) -> (local >= 0) & (local <= size)": "at `size` it is dropped",
-    "jnp.where(jnp.any(keep, axis=0)[None], chunk['kernel'], 0) -> "
+    "softplus_mix_value: x > 0 -> x >= 0": "at 0 it is multiplied by 0",
+    "softplus_value: x > 0 -> x >= 0": "at 0 both are the same",
+    "sigmoid_mix_value: x >= 0 -> x > 0": "at 0 the tail is (a + b) / 2",
+    "sigmoid_minus_value: x >= 0 -> x > 0": "at 0 the tail is 1 / 2",
+    "sigmoid_excess_value: jnp.abs(x) < 1 -> jnp.abs(x) <= 1": "at 1 both forms hold",
+    "sigmoid_excess_value: x < 0 -> x <= 0": "at 0 it is not taken",
+    "sigmoid_excess_value: x < 0 -> x < 1": "up to 1 it is not taken",
+    "unshared_value: x < 0 -> x <= 0": "the sign of 0 has no part in a derivative",
+    "inverse_spread_partials: p * (1 - p) > 1e-12 -> p * (1 - p) >= 1e-12": "at its bound",
+    "mark: local < size -> local <= size": "at `size` it is dropped",
+    "chunk_pass: jnp.where(jnp.any(keep, axis=0)[None], chunk['kernel'], 0) -> "
     "jnp.where(jnp.any(keep, axis=0)[None], chunk['kernel'], 1)": "any finite number will do",
-    "self.loss(logits[None], labels[None], *per_label)[0] -> "
+    "row: self.loss(logits[None], labels[None], *per_label)[0] -> "
     "self.loss(logits[None], labels[None], *per_label)[1]": "of one row JAX takes the last",
-    "jnp.zeros(0, operand.dtype) -> jnp.zeros(1, operand.dtype)": "only its dtype is read",
-    "num_labels - 1 -> num_labels - 2": "a last chunk of one label joins the one before",
-    "inline=True -> inline=False": "XLA inlines it too",
-    "strict=True -> strict=False": "the two are of one length",
-    "max(batch, 1) -> max(batch, 2)": "of one row or two a chunk is the largest",
-    "how.run(operands, False) -> how.run(operands, True)": "XLA removes the gradients",
+    "full_pass: num_labels - 1 -> num_labels - 2": "a last chunk of one label joins the one before",
+    "empty_operands: jnp.zeros(0, operand.dtype) -> jnp.zeros(1, operand.dtype)": "of its dtype",
+    "total_loss_impl: how.run(operands, False) -> how.run(operands, True)": "XLA removes gradients",
+    "row_losses_impl: how.run(operands, False) -> how.run(operands, True)": "XLA removes gradients",
+    "default_chunk_size: max(batch, 1) -> max(batch, 2)": "of two rows it is the largest, too",
+    "step: strict=True -> strict=False": "the two are of one length",
 }
 
 
@@ -168,17 +160,20 @@ def mutants(module: str) -> Iterator[tuple[str, str, str]]:
     """(where, what is changed, the whole source)."""
     tree = ast.parse((ROOT / "jaxbce" / f"{module}.py").read_text())
     left_out = skipped(tree)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    owner = {node: function.name for function in functions for node in ast.walk(function)}
     for parent, field, index, node in places(tree):
         if node in left_out:
             continue
-        shown = parent if isinstance(parent, ast.expr | ast.keyword) else node
+        in_expression = isinstance(parent, ast.expr | ast.keyword)
+        shown = parent if isinstance(node, ast.Constant) and in_expression else node
         before = ast.unparse(shown)
         for other in changes(node):
             put(parent, field, index, other)
             after = ast.unparse(shown if shown is parent else other)
             yield (
                 f"{module}:{node.lineno}",
-                f"{before} -> {after}",
+                f"{owner.get(node, module)}: {before} -> {after}",
                 ast.unparse(ast.fix_missing_locations(tree)),
             )
             put(parent, field, index, node)

@@ -245,26 +245,26 @@ def test_the_tails_keep_their_digits(loss):
 
 
 # Every loss reduces by the same code: each by a mask and a weight, one by every kind of mask.
-DIVISORS = [(loss, "full", True) for loss in LOSSES[1:]]
-DIVISORS += [(LOSSES[0], mask, weighted) for mask in MASKS for weighted in (False, True)]
+WEIGHTS = {"no weight": None, "weight": (4, 5), "rows": (4, 1), "labels": (5,), "one": ()}
+DIVISORS = [(loss, "full", "weight") for loss in LOSSES[1:]]
+DIVISORS += [(LOSSES[0], mask, weight) for mask in MASKS for weight in ("no weight", "weight")]
+DIVISORS += [(LOSSES[0], "scalar", weight) for weight in ("rows", "labels", "one")]
 
 
 @pytest.mark.parametrize(
-    ("loss", "mask", "weighted"),
+    ("loss", "mask", "weight"),
     DIVISORS,
-    ids=[
-        f"{loss.name}-{mask}-{'weight' if weighted else 'no weight'}"
-        for loss, mask, weighted in DIVISORS
-    ],
+    ids=[f"{row[0].name}-{row[1]}-{row[2]}" for row in DIVISORS],
 )
-def test_divisors(loss, mask, weighted, rng):
+def test_divisors(loss, mask, weight, rng):
     scores, labels = loss.draw(rng, (4, 5))
-    where = masks(rng)[mask]
-    weight = rng.random((4, 5)).astype(np.float32) if weighted else None
-    value = loss.oracle(scores.astype(np.float64), labels)[0] * (1 if weight is None else weight)
+    where, shape = masks(rng)[mask], WEIGHTS[weight]
+    weight = None if shape is None else rng.random(shape, np.float32)
+    each = 1 if weight is None else weight
+    value = loss.oracle(scores.astype(np.float64), labels)[0] * each
     kept = np.broadcast_to(where, value.shape)
     divisors = {"sum": 1, "mean": kept.sum(), "batchmean": kept.any(-1).sum()}
-    divisors["weighted_mean"] = divisors["mean"] if weight is None else weight[kept].sum()
+    divisors["weighted_mean"] = np.broadcast_to(each, kept.shape)[kept].sum()
 
     @jax.jit
     def every_reduction(scores, labels, **options):

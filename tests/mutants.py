@@ -76,6 +76,8 @@ NAMES |= {"ones_like": "zeros_like", "zeros_like": "ones_like", "max": "min", "m
 
 # What is changed, as `--list` prints it, and why no test can see it.
 EQUIVALENT = {
+    "count_true: size <= 2 ** 24 -> size < 2 ** 24": "both ways are exact",
+    "along: strict=True -> strict=False": "they are of one length",
     "with_jvp: inline=True -> inline=False": "XLA inlines it too",
     "log1p_unit: jnp.minimum(quotient(t, 2 + t), 1) -> jnp.minimum(quotient(t, 2 + t), 2)": (
         "the quotient is at most 1 / 3"
@@ -87,6 +89,7 @@ EQUIVALENT = {
     "sigmoid_excess_value: jnp.abs(x) < 1 -> jnp.abs(x) <= 1": "at 1 both forms hold",
     "sigmoid_excess_value: x < 0 -> x <= 0": "at 0 it is not taken",
     "sigmoid_excess_value: x < 0 -> x < 1": "up to 1 it is not taken",
+    "bce_with_logits_value: x > 0 -> x >= 0": "at 0 it is multiplied by 0",
     "unshared_value: x < 0 -> x <= 0": "the sign of 0 has no part in a derivative",
     "inverse_spread_partials: p * (1 - p) > 1e-12 -> p * (1 - p) >= 1e-12": "at its bound",
     "mark: local < size -> local <= size": "at `size` it is dropped",

@@ -87,6 +87,8 @@ EQUIVALENT = {
     "sigmoid_mix_value: x >= 0 -> x > 0": "at 0 the tail is (a + b) / 2",
     "sigmoid_minus_value: x >= 0 -> x > 0": "at 0 the tail is 1 / 2",
     "sigmoid_excess_value: jnp.abs(x) < 1 -> jnp.abs(x) <= 1": "at 1 both forms hold",
+    "sigmoid_excess_value: jnp.clip(x, -1, 1) -> jnp.clip(x, -1, 2)": "beyond 1 it is not taken",
+    "sigmoid_excess_value: -1 -> -2": "beyond -1 it is not taken",
     "sigmoid_excess_value: x < 0 -> x <= 0": "at 0 it is not taken",
     "sigmoid_excess_value: x < 0 -> x < 1": "up to 1 it is not taken",
     "bce_with_logits_value: x > 0 -> x >= 0": "at 0 it is multiplied by 0",

@@ -104,6 +104,7 @@ def test_checked_ignores_what_is_masked(rng):
         check(arguments)
     check(arguments | {"ignored": np.array([[0], [2], [-1]])})
     check(arguments | {"where": np.arange(LABELS) != 2})
+    check(arguments | {"weight": np.float32([1, 0, 1])})
     check(arguments | {"where": np.bool(True), "weight": np.float32([1, 0, 1])})
     with pytest.raises(ValueError, match=r"ignored must be in .* got 9"):
         check(arguments | {"ignored": np.array([[0], [9], [-1]])})

@@ -5,9 +5,9 @@
     python tests/mutants.py _kernels --list       # what would be changed, without running it
 
 A mutant is a copy of the package with one operator, comparison, constant or order of arguments
-changed, found in the syntax tree: nothing here follows the code. Each runs the tests of its module,
-in a fresh process that has imported only what does not change, until the first failure. One that
-survives is a gap in the tests, or changes nothing that can be seen: EQUIVALENT says which and why.
+changed, found in the syntax tree: nothing here follows the code. Each runs the tests of its module
+that a default run has, in a fresh process, until the first failure. One that survives is a gap in
+the tests, or changes nothing that can be seen: EQUIVALENT says which and why.
 
 Two tools were tried. mutmut 3.8 switches mutants inside one process, where JAX keeps what it
 compiled of the original ("Unable to force test failures"). cosmic-ray 8.7 makes six times as many,

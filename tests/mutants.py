@@ -16,7 +16,6 @@ compiled of the original ("Unable to force test failures"). cosmic-ray 8.7 makes
 
 import argparse
 import ast
-import atexit
 import contextlib
 import copy
 import importlib
@@ -221,6 +220,11 @@ def survives(job: tuple[str, str, str]) -> tuple[str, str, bool, float]:
     return place, change, code == pytest.ExitCode.OK, time.perf_counter() - started
 
 
+def share(cache: str) -> None:
+    """Of a mutant only what it changes is compiled: the rest is in the folder `cache`."""
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("modules", nargs="*", metavar="module", help=f"of {', '.join(TESTS)}")
@@ -245,12 +249,11 @@ def main() -> None:
         importlib.import_module(name)
     warnings.simplefilter("ignore")
     survivors = []
-    # Of a mutant only what it changes is compiled.
-    folder = tempfile.TemporaryDirectory()
-    atexit.register(folder.cleanup)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
     context = multiprocessing.get_context("fork")
-    with context.Pool(args.processes, maxtasksperchild=1) as pool:
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        context.Pool(args.processes, share, (cache,), maxtasksperchild=1) as pool,
+    ):
         modules = args.modules or list(TESTS)
         for module, fine in zip(modules, pool.map(collects, modules, chunksize=1), strict=True):
             if not fine:

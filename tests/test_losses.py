@@ -564,7 +564,10 @@ def test_beyond_its_bound_the_slope_of_a_probability_is_a_line(p):
     second = jax.grad(jax.grad(jaxbce.bce))
     assert second(p, 0.5) == np.float32(1e12)
     assert jax.grad(second)(p, 0.5) == 0
-    # Within it, that of -log p.
+
+
+def test_within_its_bound_a_probability_has_the_second_derivative_of_its_logarithm():
+    second = jax.grad(jax.grad(jaxbce.bce))
     np.testing.assert_allclose(second(np.float32(1e-6), 1.0), 1e12, rtol=1e-5)
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
@@ -315,10 +314,7 @@ def _evaluate(
     how = devices.over(name, *operands.sizes(), loss)
     if reduction != "none":
         return _linear.total_loss(how, operands)
-    rows = _linear.row_losses(how, operands)
-    keep = _reduce.kept(rows, weight, None)
-    if keep is not None:
-        rows = jnp.where(keep, rows, 0)
+    rows = _linear.finite_rows(_linear.row_losses(how, operands), operands)
     return (rows if weight is None else rows * weight).reshape(lead)
 
 

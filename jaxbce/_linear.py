@@ -7,6 +7,8 @@ same pass, every gradient: with Z the logits of a chunk and G = scale · ∂loss
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,6 +34,7 @@ class Operands(NamedTuple):
     label_smoothing: jax.Array | None = None  # []
     where: jax.Array | None = None  # [batch or 1, labels or 1], False for what is left out
     ignored: jax.Array | None = None  # [batch, ignored], ids as in `positives`, left out too
+    weightless: jax.Array | None = None  # [batch], True for a row of weight 0; None without weights
 
     def sizes(self) -> tuple[int, int]:
         """Of rows and labels."""
@@ -142,6 +145,22 @@ class OwnLoss:
         return losses.astype(logits.dtype)
 
 
+def replaced(
+    elements: dict[str, Any], keep: jax.Array | None, hidden: jax.Array | None
+) -> dict[str, Any]:
+    """`elements` with harmless numbers in place of what is not kept, or is hidden."""
+    for out in (None if keep is None else ~keep, hidden):
+        if out is not None:
+            elements = {
+                name: jax.tree.map(
+                    lambda a, other=float(name == "per_label"), out=out: jnp.where(out, other, a),
+                    element,
+                )
+                for name, element in elements.items()
+            }
+    return elements
+
+
 def gradient_dtype(operand: jax.Array) -> Any:
     """The dtype in which a gradient waits for its cotangent.
 
@@ -185,23 +204,32 @@ def chunk_pass(
         elements["per_label"] = tuple(zeros + array[None] for array in chunk["per_label"])
     if operands.label_smoothing is not None:
         elements["label_smoothing"] = zeros + operands.label_smoothing
+    hidden = None
+    if operands.weightless is not None:
+        finite = [jnp.isfinite(element) for element in jax.tree.leaves(elements)]
+        hidden = operands.weightless[:, None] & ~functools.reduce(operator.and_, finite)
 
     def masked_loss(elements: Any) -> jax.Array:
-        losses = loss(signs, **elements)
+        # Replaced before anything is computed of them, so that no NaN reaches a derivative.
+        losses = loss(signs, **replaced(elements, keep, hidden))
+        if hidden is not None:
+            losses = jnp.where(hidden, jnp.inf, losses)  # `finite_rows` makes 0 of such a row
         return losses if keep is None else jnp.where(keep, losses, 0)
 
     if not with_gradients:
         return jnp.sum(masked_loss(elements), axis=1), {}
 
-    scale = operands.scale[:, None]
-
-    def scaled_loss(elements: Any) -> tuple[jax.Array, jax.Array]:
-        losses = masked_loss(elements)
-        return jnp.sum(losses * scale), jnp.sum(losses, axis=1)
-
-    slopes, rows = jax.grad(scaled_loss, has_aux=True)(elements)
-    counts = scale != 0 if keep is None else (scale != 0) & keep
-    slopes = jax.tree.map(lambda slope: jnp.where(counts, slope, 0), slopes)
+    losses, pullback = jax.vjp(masked_loss, elements)
+    # The scale, of which the slopes are a linear function, is not compared with 0: that would lose
+    # what a second derivative needs where it is 0, and could not be transposed.
+    (slopes,) = pullback(zeros + operands.scale[:, None])
+    silent = None if keep is None else ~keep
+    if operands.weightless is not None:
+        infinite = operands.weightless[:, None] & ~jnp.isfinite(losses)
+        silent = infinite if silent is None else infinite | silent
+    if silent is not None:  # a loss of the user's may have no derivative there
+        slopes = jax.tree.map(lambda slope: jnp.where(silent, 0, slope), slopes)
+    rows = jnp.sum(losses, axis=1)
     slope = slopes["logits"].astype(kernel.dtype)
     gradients: Gradients = {
         "features": product(slope, kernel, 1, 1),
@@ -300,8 +328,15 @@ class OneDevice:
         return top_k_pass(features, kernel, bias, k, self.chunk_size)
 
 
-def scaled_sum(rows: jax.Array, scale: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.where(scale == 0, 0, rows * scale))
+def finite_rows(rows: jax.Array, operands: Operands) -> jax.Array:
+    """The loss of each row, of which a weight of 0 annihilates what is not finite."""
+    if operands.weightless is None:
+        return rows
+    return jnp.where(operands.weightless & ~jnp.isfinite(rows), 0, rows)
+
+
+def scaled_sum(rows: jax.Array, operands: Operands) -> jax.Array:
+    return jnp.sum(finite_rows(rows, operands) * operands.scale)
 
 
 # The residuals of the rules below have one structure, whatever is differentiated: JAX shares it
@@ -331,15 +366,14 @@ def cotangents(gradients: Gradients, operands: Operands) -> tuple[Operands]:
 
 def total_loss_impl(how: OneDevice, operands: Operands) -> jax.Array:
     rows, _ = how.run(operands, False)
-    return scaled_sum(rows, operands.scale)
+    return scaled_sum(rows, operands)
 
 
 def total_loss_fwd(how: OneDevice, operands: Operands) -> tuple[jax.Array, Any]:
     rows, gradients = how.run(operands, True)
-    scale = operands.scale
-    gradients["scale"] = jnp.where((scale == 0) & ~jnp.isfinite(rows), 0, rows)
+    gradients["scale"] = finite_rows(rows, operands)
     gradients["features"] = gradients["features"].astype(gradient_dtype(operands.features))
-    return scaled_sum(rows, scale), (gradients, empty_operands(operands))
+    return scaled_sum(rows, operands), (gradients, empty_operands(operands))
 
 
 def total_loss_bwd(how: OneDevice, residuals: Any, g: jax.Array) -> tuple[Operands]:

@@ -181,6 +181,7 @@ def prepare(
         where=where,
         ignored=ignored,
         scale=_scale(weight, kept, lead, num_labels, dtype, reduction),
+        weightless=None if weight is None else weight == 0,
     )
     if labels is not None and loss is _linear.bce:  # a loss of the user's may take any
         mask = _linear.chunk_mask(operands, 0, 0, num_labels)

@@ -43,6 +43,7 @@ class OnMesh(_linear.OneDevice):
             "where": PartitionSpec(batch, label),
             "ignored": PartitionSpec(batch, None),
             "scale": PartitionSpec(batch),
+            "weightless": PartitionSpec(batch),
         }
 
     def shard(self, local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:

@@ -394,7 +394,7 @@ def _update(
     )
     features = jnp.asarray(given[0])
     return LinearUpdate(
-        _linear.scaled_sum(rows, operands.scale),
+        _linear.scaled_sum(rows, operands),
         slope.reshape(features.shape).astype(features.dtype),
         params,
         layout.join(state, others),

@@ -1,7 +1,9 @@
 """A training step of the head in which the gradient of its kernel never exists as a whole."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -67,9 +69,12 @@ def linear_update(
     Args:
       optimizer: an optax transformation that treats elements independently: sgd, adam, adamw, lion,
         rmsprop, schedules, weight decay, chains of them. Keep one: a new one is compiled anew.
+        Numbers that it reads elsewhere are compiled in, and a call without `jax.jit` compiles anew
+        when they change.
       features: float array [..., D].
       params: {"kernel": [D, L]} or {"kernel": [D, L], "bias": [L]}.
-      opt_state: optimizer.init(params), or what the last step returned.
+      opt_state: optimizer.init(params), or what the last step returned. Each array keeps its dtype:
+        init of parameters in float32 is a state in float32.
       loss: a function of logits, labels and numbers per label, as in `linear_loss`; None is that of
         `linear_bce_with_logits`.
       positives: integer array [..., P] of label ids, padded with -1. Exactly one of positives and
@@ -83,9 +88,9 @@ def linear_update(
       ignored: integer array [..., I] of label ids to leave out of each row, padded with -1.
       reduction: "mean", "weighted_mean", "sum" or "batchmean", as in `linear_bce_with_logits`.
       chunk_size: number of labels at a time; None chooses.
-      rounding_key: a key of `jax.random`. Parameters in bfloat16 are then rounded up or down at
-        random, so that the expected value is exact and a small step is not always lost. None rounds
-        to the nearest.
+      rounding_key: a key of `jax.random`, another one for each step. Parameters and state in half
+        precision are then rounded up or down at random, so that the expected value is exact and a
+        small step is not always lost. None rounds to the nearest.
       mesh: devices to share the work; None uses one.
       batch_axis: axis of the mesh, or a tuple, over which the rows are sharded; None replicates
         them.
@@ -99,11 +104,12 @@ def linear_update(
     Raises:
       TypeError: optimizer has no init and update, its update needs more than gradients, state and
         parameters, params is not such a dict, an array is of the wrong dtype, or as `linear_loss`.
-      ValueError: the optimizer mixes elements, if only in some steps (clipping by a global norm,
-        factored moments, trust ratios, skipping what is not finite), depends on the number of
-        labels, or holds a traced value, opt_state is not that of the optimizer and params,
-        pos_weight or label_smoothing are given with a loss, rounding_key without parameters in
-        bfloat16, or as `linear_loss`.
+      ValueError: the program of the optimizer does not prove that it treats each label apart in
+        every step (clipping by a global norm, factored moments, trust ratios, noise, sorting,
+        skipping what is not finite), it depends on the number of labels, or holds a traced value,
+        opt_state is not that of the optimizer and params, pos_weight or label_smoothing are given
+        with a loss, rounding_key without parameters or state in half precision, or as
+        `linear_loss`.
 
     Edge values: what is masked or has a weight of 0 has no part in the step. Under `rounding_key`
     NaN and infinities stay, and no finite number becomes infinite.
@@ -138,6 +144,11 @@ def linear_update(
             "pos_weight"
         )
     layout = _layout(name, optimizer, params, opt_state)
+    if rounding_key is not None and not any(map(_is_narrow, jax.tree.leaves((params, opt_state)))):
+        raise ValueError(
+            f"{name}: rounding_key is for parameters or state in half precision, got "
+            f"{params['kernel'].dtype} and no such state; leave it out"
+        )
     numbers = {"pos_weight": pos_weight} if loss is None else _operands.numbered(name, per_label)
     arrays = _operands.admit(
         name,
@@ -152,11 +163,6 @@ def linear_update(
         where=where,
         ignored=ignored,
     )
-    if rounding_key is not None and params["kernel"].dtype != jnp.bfloat16:
-        raise ValueError(
-            f"{name}: rounding_key is for parameters in bfloat16, got {params['kernel'].dtype}; "
-            "leave it out"
-        )
     chunk_loss = _linear.bce if loss is None else _operands.own_loss(name, loss, len(per_label))
     step: LinearUpdate = _update(
         *arrays,
@@ -172,24 +178,35 @@ def linear_update(
     return step
 
 
+class Equation(NamedTuple):
+    """One operation of a traced program, with all that a caller can tell of it."""
+
+    primitive: str
+    meaning: tuple[Any, ...]  # the same for any number of labels: wiring, numbers, options, dtypes
+    axes: tuple[int, ...]  # of a reduction or a broadcast
+    operands: tuple[tuple[int, ...], ...]  # their shapes
+    results: tuple[tuple[int, ...], ...]
+
+
 class Layout(NamedTuple):
-    """Which leaves of the optimizer's state have a column, or a number, for each label."""
+    """The optimizer's state and program, as far as a compiled step depends on them."""
 
     structure: Any
-    by_label: tuple[bool, ...]
+    by_label: tuple[bool, ...]  # which leaves of the state have a column, or a number, per label
+    program: tuple[Equation, ...]
 
     def split(self, state: Any) -> tuple[list[jax.Array], list[jax.Array]]:
         """The leaves by label, and the others, as the number of steps."""
         leaves = list(zip(jax.tree.leaves(state), self.by_label, strict=True))
         return [leaf for leaf, cut in leaves if cut], [leaf for leaf, cut in leaves if not cut]
 
-    def join(self, by_label: Sequence[jax.Array], others: Sequence[jax.Array]) -> Any:
+    def join(self, by_label: Sequence[Any], others: Sequence[Any]) -> Any:
         sources = {True: iter(by_label), False: iter(others)}
         return jax.tree.unflatten(self.structure, [next(sources[cut]) for cut in self.by_label])
 
 
 def _layout(name: str, optimizer: Any, params: Any, opt_state: Any) -> Layout:
-    """How the state is cut by label, if the optimizer allows it."""
+    """How the state is cut by label, and what the optimizer does to it."""
     if not isinstance(params, dict) or not {"kernel"} <= params.keys() <= {"kernel", "bias"}:
         raise TypeError(
             f'{name}: params must be a dict of "kernel" and, if there is one, "bias", got '
@@ -208,18 +225,11 @@ def _layout(name: str, optimizer: Any, params: Any, opt_state: Any) -> Layout:
             f"{name}: kernel must have at least one label and feature, got "
             f"{arrays['kernel'].shape}; there is nothing to train"
         )
-
-    def state_with(more: int) -> Any:
-        """What the state looks like for so many labels more."""
-        return jax.eval_shape(
-            init,
-            {
-                argument: jax.ShapeDtypeStruct((*a.shape[:-1], a.shape[-1] + more), a.dtype)
-                for argument, a in arrays.items()
-            },
-        )
-
-    own, wider = state_with(0), state_with(1)
+    num_labels = arrays["kernel"].shape[-1]
+    own, wider = (
+        jax.eval_shape(init, {argument: _shaped(a, number) for argument, a in arrays.items()})
+        for number in (num_labels, num_labels + 1)
+    )
     expected = [leaf.shape for leaf in jax.tree.leaves(own)]
     got = [jnp.shape(leaf) for leaf in jax.tree.leaves(opt_state)]
     structures: list[Any] = [jax.tree.structure(opt_state), jax.tree.structure(own)]
@@ -228,116 +238,216 @@ def _layout(name: str, optimizer: Any, params: Any, opt_state: Any) -> Layout:
             f"{name}: opt_state must be optimizer.init(params), with arrays of shapes {expected}, "
             f"got {got}"
         )
-    by_label = tuple(
-        a.shape != b.shape and b.shape == (*a.shape[:-1], a.shape[-1] + 1)
-        for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(wider), strict=True)
-    )
-    leaves = zip(expected, by_label, strict=True)
-    mixed = next((shape for shape, cut in leaves if not cut and shape), None)
-    if mixed is not None:
-        raise ValueError(
-            f"{name}: optimizer keeps state of shape {mixed}, which is not one column or number "
-            "for each label; use one that treats elements independently, as optax.adam does"
-        )
-    dtypes = tuple((argument, _kernels.accumulator(array)) for argument, array in arrays.items())
-    if _mixes(name, optimizer, dtypes):
-        raise ValueError(
-            f"{name}: optimizer treats elements together, as clipping by a global norm, trust "
-            "ratios and tests for NaN do; its step needs the whole gradient, so use "
-            "jax.value_and_grad of jaxbce.linear_bce_with_logits or linear_loss with it, or an "
-            "optimizer that treats elements independently, as optax.clip does"
-        )
-    return Layout(jax.tree.structure(own), by_label)
+    by_label = []
+    for shape, leaf in zip(expected, jax.tree.leaves(wider), strict=True):
+        columns = (*shape[:-1], num_labels), (*shape[:-1], num_labels + 1)
+        by_label.append((shape, leaf.shape) == columns)
+        if not by_label[-1] and shape != leaf.shape:
+            raise ValueError(
+                f"{name}: optimizer keeps state of shape {shape}, which is not one column or "
+                "number for each label; use one that treats elements independently, as optax.adam "
+                "does"
+            )
+    return Layout(structures[1], tuple(by_label), _program(name, optimizer, arrays, opt_state))
+
+
+def _shaped(array: Any, num_labels: int | None = None) -> jax.ShapeDtypeStruct:
+    """What an array looks like, if need be for another number of labels."""
+    kind = jax.typeof(array)
+    shape = kind.shape if num_labels is None else (*kind.shape[:-1], num_labels)
+    return jax.ShapeDtypeStruct(shape, kind.dtype)
 
 
 def _step(optimizer: Any, gradients: Any, params: Any, state: Any) -> tuple[Any, Any]:
+    """(Parameters, state) after a step, in the dtypes of the arithmetic."""
+    params, state = jax.tree.map(_widened, (params, state))
     with jax.numpy_dtype_promotion("standard"):  # a user's own setting may refuse what optax does
         updates, state = optimizer.update(gradients, state, params)
     return jax.tree.map(jnp.add, params, updates), state
 
 
-@functools.lru_cache(maxsize=64)
-def _mixes(name: str, optimizer: Any, dtypes: tuple[tuple[str, Any], ...]) -> bool:
-    """Whether a step reduces over labels, if only in some steps, or is not that of its halves.
+# --- what an optimizer does, read from its program ------------------------------------------------
 
-    What permutes labels, or knows their places, reduces nothing.
-    """
-    rng = np.random.default_rng(0)
-    width, labels = 5, 6
-    shapes = {"kernel": (width, labels), "bias": (labels,)}
-    params, gradients = (
-        {argument: rng.normal(size=shapes[argument]).astype(dtype) for argument, dtype in dtypes}
-        for _ in range(2)
-    )
+# Operations that compute each element of their result from the same element of their operands.
+ELEMENTWISE = """
+    abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type
+    copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
+    is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or pow
+    reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical
+    sign sin sinh sqrt square sub tan tanh xor
+"""
+# Those that drop some axes, and treat each place on the others apart.
+DROPPING = """
+    reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum squeeze
+"""
+# Those that only run another program, which is read too.
+CALLING = """
+    call_hi_primitive closed_call cond core_call custom_jvp_call custom_vjp_call jit remat2
+"""
 
-    @jax.jit
-    def step(params: Any, gradients: Any) -> list[Any]:
-        return jax.tree.leaves(_step(optimizer, gradients, params, optimizer.init(params)))
 
+def _program(name: str, optimizer: Any, params: Any, state: Any) -> tuple[Equation, ...]:
+    """What the optimizer does in a step, with every number in it."""
+
+    def step(gradients: Any, params: Any, state: Any) -> tuple[Any, Any]:
+        return _step(optimizer, gradients, params, state)
+
+    params, state = jax.tree.map(_shaped, (params, state))
+    gradients = {
+        argument: jax.ShapeDtypeStruct(array.shape, _kernels.accumulator(array))
+        for argument, array in params.items()
+    }
     try:
-        jaxpr = jax.make_jaxpr(step)(params, gradients)
-    except TypeError as error:
+        # `step` is a new function: of one that it knows, JAX returns the trace with old numbers.
+        traced = jax.make_jaxpr(step)(gradients, params, state)
+    except (TypeError, ValueError) as error:
         raise TypeError(
             f"{name}: optimizer.update must take (gradients, state, params) and no more, of any "
-            f"number of labels: an array for each label belongs in its state; got {error}"
+            "number of labels: an array for each label belongs in its state, where optimizer.init "
+            f"makes it as long as the labels of its params; got {error}"
         ) from error
-    if not set(_reduced(jaxpr.jaxpr)) <= {1, width}:
-        return True
-    # Now, while a program is traced, and whatever its settings say of transfers.
+    # Numbers are read now, while a program is traced, and whatever its settings say of transfers.
     with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
-        whole, *halves = (
-            step(*jax.tree.map(lambda array, part=part: array[..., part], (params, gradients)))
-            for part in (slice(labels), slice(3), slice(3, labels))
+        return tuple(_equations(name, traced))
+
+
+def _equations(name: str, traced: Any) -> Iterator[Equation]:
+    """The operations of a program and of those inside it, between their inputs and outputs."""
+    jaxpr, numbers = getattr(traced, "jaxpr", traced), dict[Any, int]()
+
+    def described(variable: Any) -> tuple[Any, ...]:
+        if hasattr(variable, "val"):
+            return _number(name, variable.val)
+        place = numbers.setdefault(variable, len(numbers))
+        return place, str(variable.aval.dtype), variable.aval.ndim
+
+    def equation(
+        primitive: str, operands: Sequence[Any], results: Sequence[Any], **options: Any
+    ) -> Equation:
+        axes = (options.get(key) for key in ("axes", "dimensions", "broadcast_dimensions"))
+        return Equation(
+            primitive,
+            (*map(described, (*operands, *results)), *filter(_is_plain, options.items())),
+            next(filter(None, axes), ()),
+            tuple(each.aval.shape for each in operands),
+            tuple(each.aval.shape for each in results),
         )
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in whole):
+
+    constants = [_number(name, value) for value in getattr(traced, "consts", ())]
+    yield equation("constants", (), jaxpr.constvars, values=tuple(constants))
+    yield equation("inputs", (), jaxpr.invars)
+    for each in jaxpr.eqns:
+        primitive = each.primitive.name
+        inner = _inner_programs([*each.params.values()])
+        if inner and primitive in CALLING.split():
+            yield equation("call", each.invars, each.outvars, of=primitive)
+        else:
+            yield equation(primitive, each.invars, each.outvars, **each.params)
+        for program in inner:
+            yield from _equations(name, program)
+    yield equation("outputs", jaxpr.outvars, ())
+
+
+def _inner_programs(options: Any) -> list[Any]:
+    """Those that the options of an operation hold, by themselves or, in newer JAX, traced."""
+    leaves = [getattr(leaf, "traced", leaf) for leaf in jax.tree.leaves(options)]
+    programs = [leaf.jaxpr if isinstance(leaf, jax.stages.Traced) else leaf for leaf in leaves]
+    return [each for each in programs if hasattr(getattr(each, "jaxpr", each), "eqns")]
+
+
+def _is_plain(option: tuple[str, Any]) -> bool:
+    """Whether an option of an operation says more than shapes and the programs inside it do.
+
+    A function says how to differentiate, or is a callback, which finds its numbers when it runs.
+    """
+    key, value = option
+    plain = isinstance(value, Hashable) and not callable(value) and not _inner_programs(value)
+    return plain and key not in ("shape", "new_sizes")
+
+
+def _number(name: str, value: Any) -> tuple[Any, ...]:
+    """A number or an array in an optimizer's program, such that equal ones compare equal."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            f"{name}: optimizer must hold no traced value; pass a learning rate that is traced "
+            "through optax.inject_hyperparams, which keeps it in opt_state"
+        )
+    if jnp.issubdtype(jax.typeof(value).dtype, jax.dtypes.prng_key):
+        value = jax.random.key_data(value)
+    array = np.asarray(value)
+    return str(array.dtype), array.shape, array.tobytes()
+
+
+def _check_by_label(
+    name: str, optimizer: Any, layout: Layout, params: Any, state: Any, other: int
+) -> None:
+    """Proves that a step treats each label apart, and `other` labels as all of them.
+
+    The program is read for two numbers of labels. It must be the same, and an axis of which the
+    size differs holds the labels: what has one must be computed label by label.
+    """
+    num_labels = params["kernel"].shape[-1]
+    by_label, others = layout.split(state)
+    resized = layout.join([_shaped(array, other) for array in by_label], others)
+    program = _program(name, optimizer, {n: _shaped(a, other) for n, a in params.items()}, resized)
+    for pair in itertools.zip_longest(layout.program, program):
+        if None in pair or pair[0][:2] != pair[1][:2]:
             raise ValueError(
-                f"{name}: optimizer must hold no traced value; pass a learning rate that is "
-                "traced through optax.inject_hyperparams, which keeps it in opt_state"
+                f"{name}: optimizer does not treat {other} labels as it treats all {num_labels}, "
+                "as with a mask or a scale that depends on a size; let it depend on the name or "
+                "the number of axes of a parameter"
             )
-        joined = (
-            np.concatenate(apart, axis=-1) if np.ndim(together) else np.array(apart)
-            for together, *apart in zip(whole, *halves, strict=True)
-        )
-        return not all(map(functools.partial(np.allclose, rtol=1e-5), joined, whole))
+        if not _treats_apart(*pair):
+            raise ValueError(
+                f"{name}: optimizer treats elements together, as clipping by a global norm, trust "
+                f"ratios, noise and tests for NaN do: its update uses {pair[0].primitive} on "
+                "arrays of labels, which is not known to treat each label apart; such a step needs "
+                "the whole gradient, so use jax.value_and_grad of jaxbce.linear_bce_with_logits or "
+                "linear_loss with it, or an optimizer that treats elements independently, as "
+                "optax.clip does"
+            )
 
 
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    """Of a program, wherever in it."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(list(equation.params.values())):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from _equations(inner)
+def _treats_apart(one: Equation, two: Equation) -> bool:
+    """Whether an operation leaves the labels in their places and computes each from itself."""
+
+    def labelled(shapes: Any, others: Any) -> list[tuple[Any, list[int]]]:
+        """Each shape, and the axes whose size depends on the number of labels."""
+        return [
+            (shape, [axis for axis, size in enumerate(shape) if size != other[axis]])
+            for shape, other in zip(shapes, others, strict=True)
+        ]
+
+    operands = [pair for pair in labelled(one.operands, two.operands) if pair[1]]
+    results = labelled(one.results, two.results)
+    if one.primitive in ("call", "inputs", "outputs") or not any(
+        axes for _, axes in results + operands
+    ):
+        return True
+    if not operands:
+        return one.primitive == "broadcast_in_dim"
+    return bool(results) and all(
+        len(axes) == len(new_axes) == 1 and _keeps(one, axes[0], shape, new_axes[0], new_shape)
+        for shape, axes in operands
+        for new_shape, new_axes in results
+    )
 
 
-def _reduced(jaxpr: Any) -> Iterator[int]:
-    """The sizes of the axes over which a program sums, compares or sorts."""
-    for equation in _equations(jaxpr):
-        primitive, params = equation.primitive.name, equation.params
-        axes: Sequence[int] = ()
-        if primitive.startswith(("reduce_", "arg")):
-            axes = params.get("axes", ())
-        elif primitive == "dot_general":
-            axes = params["dimension_numbers"][0][0]
-        elif primitive.startswith(("cum", "sort")):
-            axes = [params.get("axis", params.get("dimension"))]
-        yield from (equation.invars[0].aval.shape[axis] for axis in axes)
-
-
-def _outline(optimizer: Any, params: dict[str, jax.Array], num_labels: int) -> list[str]:
-    """What the optimizer does to so many labels, but for the shapes: operations and numbers."""
-    shapes = {
-        argument: jax.ShapeDtypeStruct((*a.shape[:-1], num_labels), _kernels.accumulator(a))
-        for argument, a in params.items()
-    }
-    jaxpr = jax.make_jaxpr(lambda p: _step(optimizer, p, p, optimizer.init(p)))(shapes)
-    outline = []
-    for equation in _equations(jaxpr.jaxpr):
-        literals = [each.val for each in equation.invars if hasattr(each, "val")]
-        given = [each for each in equation.params.values() if isinstance(each, (int, float, str))]
-        outline.append(f"{equation.primitive.name} {literals} {given}")
-    return outline
+def _keeps(
+    equation: Equation, axis: int, shape: tuple[int, ...], new_axis: int, new_shape: tuple[int, ...]
+) -> bool:
+    """Whether place i on an axis of an operand becomes place i on that of the result."""
+    if equation.primitive in ELEMENTWISE.split():
+        return axis == new_axis
+    if equation.primitive in DROPPING.split():
+        dropped = sum(each < axis for each in equation.axes)
+        return axis not in equation.axes and new_axis == axis - dropped
+    if equation.primitive == "broadcast_in_dim":
+        return equation.axes[axis] == new_axis
+    in_rows = shape[axis] == new_shape[new_axis] and (
+        math.prod(shape[axis + 1 :]) == math.prod(new_shape[new_axis + 1 :])
+    )
+    return equation.primitive == "reshape" and in_rows
 
 
 def _specs(features: Any, kernel: Any, bias: Any, *others: Any, **_: Any) -> Any:
@@ -363,31 +473,26 @@ def _update(
     params = {"kernel": operands.kernel}
     if operands.bias is not None:
         params["bias"] = operands.bias
-    state, others = layout.split(jax.tree.map(jnp.asarray, opt_state))
+    opt_state = jax.tree.map(jnp.asarray, opt_state)
+    state, others = layout.split(opt_state)
 
-    def new_columns(gradients: Any, columns: Any, others: Any, key: Any) -> tuple[Any, Any]:
-        """(Parameters, state) of some labels, and the rest of the state, after a step."""
-        (params, state), wide_others = jax.tree.map(_widened, (columns, others))
-        whole_state = layout.join(state, wide_others)
-        params, new_state = _step(optimizer, gradients, params, whole_state)
-        state, new_others = layout.split(new_state)
-        rounded = {
-            argument: _rounded(params[argument], old.dtype, _key(key, i))
-            for i, (argument, old) in enumerate(columns[0].items())
-        }
-        new_others = jax.tree.map(_like, new_others, others)
-        return (rounded, jax.tree.map(_like, state, columns[1])), new_others
+    def new_columns(
+        gradients: Any, columns: Any, others: Any, key: Any, start: Any
+    ) -> tuple[Any, Any]:
+        """(Parameters, state) of the labels from `start` on, and the other state, after a step."""
+        params, state = columns
+        params, state = _step(optimizer, gradients, params, layout.join(state, others))
+        state, new_others = layout.split(state)
+        # The rest of the state is the same for all chunks: its key is that of no label.
+        return (
+            _rounded((params, state), columns, _key(key, start)),
+            _rounded(new_others, others, _key(key, num_labels)),
+        )
 
     how = devices.over(name, *operands.sizes(), loss)
     num_labels = operands.kernel.shape[1]
-    if how.chunk_size != num_labels and (
-        _outline(optimizer, params, how.chunk_size) != _outline(optimizer, params, num_labels)
-    ):
-        raise ValueError(
-            f"{name}: optimizer treats a chunk of {how.chunk_size} labels differently from all "
-            f"{num_labels}, as a mask or a scale that depends on a size does; let it depend on the "
-            "name or the number of axes of a parameter"
-        )
+    other = how.chunk_size if how.chunk_size < num_labels else num_labels + 1
+    _check_by_label(name, optimizer, layout, params, opt_state, other)
     pass_over = functools.partial(update_pass, new_columns)
     rows, slope, (params, state), others = how.update(
         pass_over, operands, (params, state), others, key
@@ -401,38 +506,66 @@ def _update(
     )
 
 
+def _is_narrow(array: Any) -> bool:
+    dtype = jax.typeof(array).dtype
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+
+
 def _widened(array: jax.Array) -> jax.Array:
     """In the dtype of the arithmetic, if it is of a floating dtype."""
     floating = jnp.issubdtype(array.dtype, jnp.floating)
     return array.astype(_kernels.accumulator(array)) if floating else array
 
 
-def _like(array: jax.Array, old: jax.Array) -> jax.Array:
-    return array.astype(old.dtype)
-
-
 def _key(key: jax.Array | None, i: jax.Array | int) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, i)
 
 
-def _rounded(values: jax.Array, dtype: Any, key: jax.Array | None) -> jax.Array:
-    if key is None or dtype != jnp.bfloat16:
-        return values.astype(dtype)
-    return round_with(jax.random.bits(key, values.shape, jnp.uint16), values.astype(jnp.float32))
+def _rounded(new: Any, old: Any, key: jax.Array | None) -> Any:
+    """The arrays `new` in the dtypes of `old`; with a key at random where these are narrow."""
+
+    def rounded(i: int, values: jax.Array, like: jax.Array) -> jax.Array:
+        if values.dtype == like.dtype:
+            return values
+        if key is None or not _is_narrow(like):
+            return values.astype(like.dtype)
+        # Always the lower half of a float32 is cut off a bfloat16, up to all of it off the others.
+        bits = jnp.uint16 if like.dtype == jnp.bfloat16 else jnp.uint32
+        noise = jax.random.bits(jax.random.fold_in(key, i), values.shape, bits)
+        return round_with(noise, values, like.dtype)
+
+    leaves = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+    return jax.tree.unflatten(
+        jax.tree.structure(old), [rounded(i, *pair) for i, pair in enumerate(leaves)]
+    )
 
 
-def round_with(noise: jax.Array, values: jax.Array) -> jax.Array:
-    """`values` in float32 rounded to bfloat16, up with the probability of what is cut off.
+def round_with(noise: jax.Array, values: jax.Array, dtype: Any) -> jax.Array:
+    """`values` rounded to a narrow dtype, up with the probability of what is cut off.
 
-    A bfloat16 is the upper half of a float32. 16 random bits added to the lower half carry into the
-    upper one as often as the lower half is a part of 2¹⁶.
+    Written as whole numbers: a float32 is `significand` units, of which `dtype` keeps every
+    2**cut-th. `cut` random bits added to the significand carry into the kept part as often as the
+    part that is cut off is a part of 2**cut.
     """
-    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
-    upper = (bits + noise.astype(jnp.uint32)) >> 16
-    infinity, largest, sign = (jnp.uint32(code) for code in (0x7F80, 0x7F7F, 0x8000))
-    upper = jnp.where((upper & ~sign) >= infinity, largest | (upper & sign), upper)
-    rounded = jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
-    return jnp.where(jnp.isfinite(values), rounded, values.astype(jnp.bfloat16))
+    info = jnp.finfo(dtype)
+    unsigned = jnp.dtype(f"uint{info.bits}")
+    bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
+    magnitude = bits & 0x7FFFFFFF
+    # Subnormal numbers have the exponent of the smallest normal one, and no leading bit.
+    exponent = jnp.maximum(magnitude >> 23, 1)
+    significand = magnitude - ((exponent - 1) << 23)
+    least = max(127 + int(info.minexp), 1)
+    new_exponent = jnp.maximum(exponent, least)
+    cut = 23 - info.nmant + new_exponent - exponent
+    # Of a number below 2**-8 of the smallest one, so much that 32 random bits are enough.
+    significand >>= jnp.clip(cut, 31, 62) - 31
+    cut = jnp.minimum(cut, 31)
+    noise = noise.astype(jnp.uint32) >> (jnp.iinfo(noise.dtype).bits - cut)
+    code = ((significand + noise) >> cut) + ((new_exponent - least) << info.nmant)
+    largest = int(np.asarray(info.max, dtype).view(unsigned))
+    code = jnp.minimum(code, largest) | (bits >> 31 << (info.bits - 1))
+    rounded = jax.lax.bitcast_convert_type(code.astype(unsigned), dtype)
+    return jnp.where(jnp.isfinite(values), rounded, values.astype(dtype))
 
 
 def update_pass(
@@ -476,7 +609,7 @@ def update_pass(
             for argument, array in params.items()
         }
         old = read(columns, start)
-        new, new_others = new_columns(gradients, old, others, _key(key, offset + start))
+        new, new_others = new_columns(gradients, old, others, key, offset + start)
         if due is not None:
             new = jax.tree.map(lambda after, before: jnp.where(due, after, before), new, old)
         return rows, parts["features"], new, start, new_others

@@ -1,5 +1,6 @@
 """Flax NNX modules; `jaxbce` itself never imports Flax."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -173,10 +174,10 @@ class MultiLabelHead(nnx.Module):
         """One step of the optimizer on the parameters, whose gradients are not held.
 
         The optimizer is an `nnx.Optimizer` of this head, `nnx.Optimizer(head, optax.adam(1e-3),
-        wrt=nnx.Param)`; the other arguments are those of `linear_update`. Kernel and optimizer
-        change in place. Returns the loss and its gradient with respect to the features, before the
-        step. Products are in the dtype of the parameters, or a wider one of the features: a `dtype`
-        that is narrower is a ValueError.
+        wrt=nnx.Param)`; what its `wrt` leaves out stays as it is. The other arguments are those of
+        `linear_update`. Parameters and optimizer change in place. Returns the loss and its gradient
+        with respect to the features, before the step. Products are in the dtype of the parameters,
+        or a wider one of the features: a `dtype` that is narrower is a ValueError.
         """
         if not isinstance(optimizer, nnx.Optimizer):
             raise TypeError(
@@ -195,16 +196,23 @@ class MultiLabelHead(nnx.Module):
                 f"got dtype={dtype}; make the head with param_dtype={dtype}, for which there is "
                 "rounding_key, or without dtype"
             )
+        trained = nnx.state(self, optimizer.wrt).keys() & params.keys()
+        tx = (
+            optimizer.tx if trained == params.keys() else _Partial(optimizer.tx, frozenset(trained))
+        )
         state = jax.tree.leaves(optimizer.opt_state, is_leaf=_is_variable)
         state = [leaf for leaf in state if jax.tree.leaves(leaf)]  # what optax masks holds nothing
-        expected = jax.eval_shape(optimizer.tx.init, params)
-        if len(jax.tree.leaves(expected)) != len(state):
+        expected = jax.eval_shape(tx.init, params)
+        shapes = [leaf.shape for leaf in jax.tree.leaves(expected)]
+        if not trained or shapes != [leaf[...].shape for leaf in state]:
             raise ValueError(
                 "MultiLabelHead: optimizer must be one of this head alone, "
-                "flax.nnx.Optimizer(head, tx, wrt=flax.nnx.Param)"
+                "flax.nnx.Optimizer(head, tx, wrt=flax.nnx.Param); got one whose wrt selects "
+                f"{sorted(trained)} of the head, with a state of "
+                f"{[leaf[...].shape for leaf in state]} instead of {shapes}"
             )
         step = jaxbce.linear_update(
-            optimizer.tx,
+            tx,
             given.astype(dtype),
             params,
             jax.tree.unflatten(jax.tree.structure(expected), [leaf[...] for leaf in state]),
@@ -261,6 +269,24 @@ class MultiLabelHead(nnx.Module):
                 f"{features.shape}"
             )
         return features
+
+
+@dataclasses.dataclass(frozen=True)
+class _Partial:
+    """An optimizer of some of the parameters; the others stay."""
+
+    tx: Any
+    trained: frozenset[str]
+
+    def _own(self, tree: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in tree.items() if name in self.trained}
+
+    def init(self, params: dict[str, Any]) -> Any:
+        return self.tx.init(self._own(params))
+
+    def update(self, slopes: dict[str, Any], state: Any, params: dict[str, Any]) -> Any:
+        updates, state = self.tx.update(self._own(slopes), state, self._own(params))
+        return jax.tree.map(jnp.zeros_like, slopes) | updates, state
 
 
 def _is_variable(value: Any) -> bool:

@@ -232,3 +232,69 @@ def test_errors(call, message):
 def test_update_takes_an_optimizer_of_flax():
     with pytest.raises(TypeError, match=r"a flax.nnx.Optimizer, got Gradient.*nnx.Optimizer\(head"):
         make().update(optax.sgd(0.1), features(), positives=POSITIVES)
+
+
+WRT = {
+    "everything": nnx.Param,
+    "the kernel": nnx.All(nnx.Param, nnx.PathContains("kernel")),
+    "the bias": nnx.All(nnx.Param, nnx.PathContains("bias")),
+}
+
+
+@pytest.mark.parametrize("make_tx", [optax.sgd, optax.adamw], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("wrt", WRT.values(), ids=WRT)
+@jax.numpy_dtype_promotion("standard")
+def test_update_trains_what_the_optimizer_does(wrt, make_tx):
+    """What its wrt leaves out is used, and stays."""
+    got, expected = make(prior=0.1, chunk_size=10), make(prior=0.1)
+    of_got, of_expected = (nnx.Optimizer(head, make_tx(0.1), wrt=wrt) for head in (got, expected))
+    for _ in range(2):
+        gradient = nnx.value_and_grad(
+            lambda head: head.loss(features(), positives=POSITIVES), argnums=nnx.DiffState(0, wrt)
+        )
+        loss, slopes = gradient(expected)
+        of_expected.update(expected, slopes)
+        np.testing.assert_allclose(
+            got.update(of_got, features(), positives=POSITIVES)[0], loss, rtol=1e-6
+        )
+    for one, other in zip(
+        *(jax.tree.leaves(nnx.state(each)) for each in ((got, of_got), (expected, of_expected))),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
+
+
+class Model(nnx.Module):
+    def __init__(self, head):
+        self.head = head
+
+
+OTHERS = {
+    "of the model around it": lambda head, tx: nnx.Optimizer(
+        Model(head), tx, wrt=nnx.All(nnx.Param, nnx.PathContains("head"))
+    ),
+    "of nothing": lambda head, tx: nnx.Optimizer(head, tx, wrt=nnx.BatchStat),
+    "of a wider layer": lambda _, tx: nnx.Optimizer(
+        nnx.Linear(WIDTH, LABELS + 1, rngs=nnx.Rngs(0)), tx, wrt=nnx.Param
+    ),
+    "of a layer without a bias": lambda _, tx: nnx.Optimizer(
+        nnx.Linear(WIDTH, LABELS, use_bias=False, rngs=nnx.Rngs(0)), tx, wrt=nnx.Param
+    ),
+}
+
+
+@pytest.mark.parametrize("make_optimizer", OTHERS.values(), ids=OTHERS)
+def test_update_refuses_the_optimizer_of_something_else(make_optimizer):
+    """And its remedy works."""
+    head = make()
+    other = make_optimizer(head, optax.adam(0.1))
+    with pytest.raises(ValueError, match=r"must be one of this head alone, .*wrt=flax.nnx.Param\)"):
+        head.update(other, features(), positives=POSITIVES)
+    head.update(nnx.Optimizer(head, other.tx, wrt=nnx.Param), features(), positives=POSITIVES)
+
+
+def test_update_refuses_a_wrt_of_nothing_without_a_state():
+    head = make()
+    nothing = nnx.Optimizer(head, optax.sgd(0.1), wrt=nnx.BatchStat)
+    with pytest.raises(ValueError, match=r"whose wrt selects \[\] of the head"):
+        head.update(nothing, features(), positives=POSITIVES)

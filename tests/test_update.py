@@ -36,24 +36,167 @@ OPTIMIZERS = {
         {"a": optax.adam(0.1), "b": optax.sgd(0.1)}, {"kernel": "a", "bias": "b"}
     ),
 }
-MIXING = {
-    "global norm": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
-    "trust ratio": optax.lamb(0.1),
-    "layer norm": optax.lars(0.1),
-    "centred": optax.chain(optax.centralize(), optax.sgd(0.1)),
-    "factored": optax.adafactor(0.1),
-    "skips what is not finite": optax.apply_if_finite(optax.sgd(0.1), 3),
-    "norm of the update": optax.chain(optax.normalize_by_update_norm(), optax.sgd(0.1)),
-    "global norm after a million steps": optax.chain(
-        optax.conditionally_transform(optax.clip_by_global_norm(1.0), lambda step: step > 10**6),
+
+
+def elementwise(fn):
+    """An optimizer whose updates are fn of the gradients, parameter by parameter."""
+    return optax.stateless(lambda slopes, _: jax.tree.map(fn, slopes))
+
+
+def of_step(fn):
+    """The same with the number of steps and a key as the second and third argument."""
+
+    def init(params):
+        return {"step": jnp.int32(0), "key": jax.random.key(0)}
+
+    def update(slopes, state, params):
+        updates = jax.tree.map(lambda slope: fn(slope, state["step"], state["key"]), slopes)
+        return updates, {"step": state["step"] + 1, "key": jax.random.split(state["key"])[0]}
+
+    return optax.GradientTransformation(init, update)
+
+
+def keep_largest(slope):
+    least = jax.lax.top_k(jnp.abs(slope).ravel(), 5)[0][-1]
+    return jnp.where(jnp.abs(slope) >= least, -slope, 0)
+
+
+def after_some_steps(slope, step, _):
+    return jax.lax.cond(step > 10**6, centre, lambda s: s, slope)
+
+
+def forward_rule(fn):
+    ruled = jax.custom_jvp(fn)
+    ruled.defjvps(lambda tangent, *_: tangent)
+    return ruled
+
+
+def backward_rule(fn):
+    ruled = jax.custom_vjp(fn)
+    ruled.defvjp(lambda slope: (fn(slope), None), lambda _, cotangent: (cotangent,))
+    return ruled
+
+
+def soft_sign(slope):
+    return slope / (1 + jnp.abs(slope))
+
+
+def centre(slope):
+    return slope - slope.mean()
+
+
+SCHEDULES = {
+    "cosine": optax.warmup_cosine_decay_schedule(0.0, 0.1, 2, 9),
+    "one cycle": optax.cosine_onecycle_schedule(9, 0.1),
+    "restarts": optax.sgdr_schedule(
+        [{"init_value": 0.0, "peak_value": 0.1, "warmup_steps": 1, "decay_steps": 3}] * 2
+    ),
+    "pieces": optax.piecewise_constant_schedule(0.1, {2: 0.5}),
+    "pieces of a cosine": optax.piecewise_interpolate_schedule("cosine", 0.1, {2: 0.5}),
+    "exponential": optax.exponential_decay(0.1, 3, 0.5, staircase=True),
+    "polynomial": optax.polynomial_schedule(0.1, 0.01, 2, 9),
+    "joined": optax.join_schedules([lambda step: step / 10, optax.constant_schedule(0.1)], [3]),
+    "a loop": lambda step: jax.lax.fori_loop(0, 3, lambda i, rate: rate * 0.9 + i, step * 0.01),
+}
+# Beside OPTIMIZERS: read and accepted, without a step beside the dense one.
+WELCOME = {
+    "nesterov": optax.nadam(0.1),
+    "adagrad": optax.adagrad(0.1),
+    "adadelta": optax.adadelta(0.1),
+    "centred": optax.rmsprop(0.1, centered=True, momentum=0.9),
+    "amsgrad": optax.amsgrad(0.1),
+    "adamax": optax.adamax(0.1),
+    "radam": optax.radam(0.1),
+    "adabelief": optax.adabelief(0.1),
+    "rprop": optax.rprop(0.1),
+    "adan": optax.adan(0.1),
+    "signs": optax.sign_sgd(0.1),
+    "without a schedule": optax.contrib.schedule_free_adamw(0.1),
+    "two means": optax.contrib.ademamix(0.1),
+    "narrow state": optax.adam(0.1, mu_dtype=jnp.bfloat16),
+    "stays positive": optax.chain(optax.sgd(0.1), optax.keep_params_nonnegative()),
+    "decay after some steps": optax.chain(
+        optax.conditionally_transform(optax.add_decayed_weights(0.1), lambda step: step > 3),
         optax.sgd(0.1),
+    ),
+    "nothing at first": optax.conditionally_mask(optax.adam(0.1), lambda step: step > 3),
+    "masked": optax.masked(optax.adam(0.1), {"kernel": True, "bias": False}),
+    "over the width": elementwise(
+        lambda s: s / (1 + jnp.sqrt((s * s).sum(tuple(range(s.ndim - 1)))))
+    ),
+    "a number for each feature": elementwise(lambda s: s * jnp.arange(3.0)[: s.ndim, None][0]),
+    "a forward rule": elementwise(forward_rule(soft_sign)),
+    "a backward rule": elementwise(backward_rule(soft_sign)),
+    "recomputed": elementwise(jax.checkpoint(soft_sign)),
+    "compiled": elementwise(jax.jit(soft_sign)),
+    "there and back": elementwise(lambda s: s.reshape(1, *s.shape, 1).squeeze((0, -1))),
+} | {f"schedule: {name}": optax.adam(schedule) for name, schedule in SCHEDULES.items()}
+MIXING = {
+    "global norm": optax.clip_by_global_norm(1.0),
+    "trust ratio": optax.scale_by_trust_ratio(),
+    "lamb": optax.lamb(0.1),
+    "lars": optax.lars(0.1),
+    "centred": optax.centralize(),
+    "factored": optax.adafactor(0.1, min_dim_size_to_factor=1),
+    "clipped by block": optax.adafactor(0.1),
+    "covers": optax.sm3(0.1),
+    "second moment of a layer": optax.novograd(0.1),
+    "distance": optax.contrib.prodigy(),
+    "orthogonal": optax.contrib.muon(0.1),
+    "skips what is not finite": optax.apply_if_finite(optax.sgd(0.1), 3),
+    "norm of the update": optax.normalize_by_update_norm(),
+    "global norm after a million steps": optax.conditionally_transform(
+        optax.clip_by_global_norm(1.0), lambda step: step > 10**6
     ),
     "where a parameter is large": optax.stateless(
         lambda slopes, params: jax.tree.map(
             lambda slope, w: jnp.where(jnp.abs(w).max() > 1e3, 0.0, -slope), slopes, params
         )
     ),
-    "reversed": optax.stateless(lambda slopes, _: jax.tree.map(lambda s: s[..., ::-1], slopes)),
+    "noise": optax.add_noise(0.1, 0.5, 0),
+    "noise, typed key": optax.add_noise(0.1, 0.5, jax.random.key(0)),
+    "private": optax.noisy_sgd(0.1, key=1),
+    "one key for ever": elementwise(lambda s: s + jax.random.normal(jax.random.key(0), s.shape)),
+    "drop-out": of_step(lambda s, _, key: jnp.where(jax.random.bernoulli(key, 0.5, s.shape), s, 0)),
+    "drop-out, old key": of_step(
+        lambda s, _, key: s * jax.random.bernoulli(jax.random.key_data(key), 0.5, s.shape)
+    ),
+    "the largest": elementwise(keep_largest),
+    "above the median": elementwise(lambda s: jnp.where(s > jnp.median(s), s, 0)),
+    "the largest of all": elementwise(lambda s: jnp.where(s.argmax() == 3, s, 0)),
+    "by size": elementwise(lambda s: s / s.shape[-1]),
+    "reversed": elementwise(lambda s: s[..., ::-1]),
+    "permuted": elementwise(lambda s: jnp.roll(s, 1, -1)),
+    "sorted": elementwise(lambda s: jnp.sort(s, axis=-1)),
+    "running sums": elementwise(lambda s: jnp.cumsum(s, axis=-1)),
+    "places": elementwise(lambda s: s * jnp.arange(s.shape[-1])),
+    "places, as a constant": elementwise(lambda s: s * np.arange(s.shape[-1], dtype=np.float32)),
+    "the first": elementwise(lambda s: s * s[..., :1]),
+    "in other rows": elementwise(lambda s: s.reshape(s.shape[-1], -1).reshape(s.shape)),
+    "products": elementwise(lambda s: s * jnp.vdot(s, s)),
+    "a loop over labels": elementwise(
+        lambda s: jax.lax.scan(lambda c, x: (c + x, c + x), 0.0, s.ravel())[1].reshape(s.shape)
+    ),
+    "a callback": elementwise(
+        lambda s: jax.pure_callback(np.sort, jax.ShapeDtypeStruct(s.shape, s.dtype), s)
+    ),
+    "a look at it": elementwise(lambda s: jax.debug.callback(print, s) or s),
+    "behind a condition": of_step(after_some_steps),
+    "with a forward rule": elementwise(forward_rule(centre)),
+    "with a backward rule": elementwise(backward_rule(centre)),
+    "recomputed": elementwise(jax.checkpoint(centre)),
+    "compiled": elementwise(jax.jit(centre)),
+}
+# What hides that from a look at the first step.
+HIDING = {
+    "": lambda optimizer: optimizer,
+    "before a rate of 0": lambda optimizer: optax.chain(
+        optimizer, optax.scale_by_learning_rate(optax.linear_schedule(0.0, 0.1, 9))
+    ),
+    "every third step": lambda optimizer: optax.MultiSteps(optimizer, 3),
+    "after some steps": lambda optimizer: optax.conditionally_transform(
+        optimizer, lambda step: step > 3
+    ),
 }
 
 
@@ -213,49 +356,105 @@ def test_bfloat16_is_updated_in_float32(rng):
 # --- stochastic rounding -------------------------------------------------------------------------
 
 
-def rounded_in_every_way(value):
-    noise = jnp.arange(2**16).astype(jnp.uint16)
-    return np.asarray(_update.round_with(noise, jnp.full(2**16, value, np.float32)), np.float64)
+NARROW = [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2]
+every_narrow_dtype = pytest.mark.parametrize(
+    "dtype", NARROW, ids=[jnp.dtype(d).name for d in NARROW]
+)
 
 
+def rounded_in_every_way(value, dtype):
+    noise = jnp.arange(2**16, dtype=jnp.uint32)
+    noise = noise.astype(jnp.uint16) if dtype == jnp.bfloat16 else noise << 16
+    values = _update.round_with(noise, jnp.full(2**16, value, np.float32), dtype)
+    assert values.dtype == dtype
+    return np.asarray(values, np.float64)
+
+
+@every_narrow_dtype
 @pytest.mark.parametrize(
     "value",
-    [1.0, -1.0, 1.003, -3.1415927, 1e-30, 1.2e-38, -1e-40, 65504.1, 3.3e38, 0.0],
-    ids=str,
-)
-def test_rounding_is_unbiased(value):
-    """Exactly: the mean over all 2¹⁶ random numbers is the number itself."""
-    values = rounded_in_every_way(value)
-    assert values.mean() == np.float64(np.float32(value))
-    assert len(set(values)) == 1 + (np.float32(jnp.bfloat16(value)) != np.float32(value))
-
-
-LARGEST = float(jnp.finfo(jnp.bfloat16).max)
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
     [
-        (np.inf, np.inf),
-        (-np.inf, -np.inf),
-        (np.nan, np.nan),
-        (LARGEST, LARGEST),
-        (3.4028235e38, LARGEST),
-        (-3.4028235e38, -LARGEST),
-        (-0.0, -0.0),
+        *(1.0, -1.0, 1.003, -3.1415927, 1e-30, 1.2e-38, -1e-40, 65504.1, 3.3e38, 0.0),
+        *(447.9, 1.99999, 6.1e-5, -5.5e-5, 2.0**-24, 7e-6, 1.5e-3, -1.7e-8, 2.0**-14),
     ],
     ids=str,
 )
-def test_rounding_of_what_has_no_neighbour(value, expected):
-    values = rounded_in_every_way(value)
-    np.testing.assert_array_equal(values, np.full(2**16, expected))
-    np.testing.assert_array_equal(np.signbit(values), np.signbit(np.float32(value)))
+def test_rounding_is_unbiased(value, dtype):
+    """The mean over all 2¹⁶ random numbers is the number itself: of bfloat16 exactly."""
+    info, value = jnp.finfo(dtype), float(np.float32(value))
+    values = rounded_in_every_way(value, dtype)
+    if value > float(info.max):
+        assert (values == float(info.max)).all()
+        return
+    unit = max(2.0 ** (np.frexp(value)[1] - 1 - info.nmant), float(info.smallest_subnormal))
+    assert set(values) <= {np.floor(value / unit) * unit, np.ceil(value / unit) * unit}
+    error = 0 if dtype == jnp.bfloat16 else unit * 2.0**-16
+    assert abs(values.mean() - value) <= error
 
 
-def test_small_steps_are_not_lost(rng):
+@every_narrow_dtype
+@pytest.mark.parametrize("sign", [1, -1], ids=["+", "-"])
+def test_rounding_of_what_has_no_neighbour(sign, dtype):
+    largest = float(jnp.finfo(dtype).max)
+    infinity = float(jnp.asarray(np.inf, dtype))  # NaN where there is none
+    cases = {np.inf: infinity, np.nan: np.nan, largest: largest, 3.4028235e38: largest, 0.0: 0.0}
+    for value, expected in cases.items():
+        values = rounded_in_every_way(sign * value, dtype)
+        np.testing.assert_array_equal(values, np.full(2**16, sign * expected))
+        if not np.isnan(expected):
+            np.testing.assert_array_equal(np.signbit(values), sign < 0)
+
+
+@every_narrow_dtype
+def test_what_is_narrow_already_stays(dtype):
+    """Every number of 8 bits, and as many of 16."""
+    info = jnp.finfo(dtype)
+    codes = np.arange(2**info.bits).astype(f"uint{info.bits}")
+    values = jax.lax.bitcast_convert_type(jnp.asarray(codes), dtype)
+    noise = jax.random.bits(jax.random.key(0), values.shape, jnp.uint32)
+    if dtype == jnp.bfloat16:
+        noise = noise.astype(jnp.uint16)
+    got = _update.round_with(noise, jnp.asarray(np.asarray(values, np.float32)), dtype)
+    np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(values, np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("param_dtype", ["bfloat16", "float32"])
+def test_narrow_state_does_not_freeze(param_dtype, dtype):
+    """A second moment that shrinks by less than half a unit in a step."""
+    decay, steps, labels = 1 - 2.0**-13, 40, 2**10
+    params = {"kernel": jnp.ones((WIDTH, labels), param_dtype)}
+    features, positives = jnp.zeros((1, WIDTH), param_dtype), jnp.array([[-1]])
+    optimizer = optax.adam(0.0, b1=decay, b2=decay)
+    step = jax.jit(functools.partial(jaxbce.linear_update, optimizer, chunk_size=300))
+
+    def after(dtype, key):
+        state = optimizer.init(jax.tree.map(lambda array: array.astype(dtype), params))
+        ones = {"kernel": jnp.ones((WIDTH, labels), dtype)}
+        state = state[0]._replace(mu=ones, nu=ones), *state[1:]
+        for i in range(steps):
+            rounding = {} if key is None else {"rounding_key": jax.random.fold_in(key, i)}
+            state = step(features, params, state, positives=positives, **rounding).opt_state
+        mu, nu = state[0].mu["kernel"], state[0].nu["kernel"]
+        assert mu.dtype == nu.dtype == dtype
+        return np.asarray(mu, np.float64), np.asarray(nu, np.float64)
+
+    assert all((moment == 1).all() for moment in after(dtype, None))
+    mu, nu = after(dtype, jax.random.key(0))
+    for moment in (mu, nu):
+        np.testing.assert_allclose(moment.mean(), decay**steps, atol=3e-4)
+    assert (mu != nu).any()  # other random numbers in each array, column and chunk
+    assert not (nu[:, :300] == nu[:, 300:600]).all()
+    if param_dtype == "bfloat16":
+        for moment in after("float32", jax.random.key(0)):
+            np.testing.assert_allclose(moment, decay**steps, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_small_steps_are_not_lost(dtype):
     """Each is a 50th of a unit of the parameter: to the nearest, it would stay where it is."""
-    params = {"kernel": jnp.ones((WIDTH, 2**10), jnp.bfloat16)}
-    features, positives = jnp.zeros((1, WIDTH), jnp.bfloat16), jnp.array([[-1]])
+    params = {"kernel": jnp.ones((WIDTH, 2**10), dtype)}
+    features, positives = jnp.zeros((1, WIDTH), dtype), jnp.array([[-1]])
     optimizer = optax.chain(optax.add_decayed_weights(1.0), optax.sgd(2.0**-7 / 50))
 
     def after(steps, key):
@@ -274,15 +473,24 @@ def test_small_steps_are_not_lost(rng):
 
 
 def test_rounding_on_a_mesh_is_the_same_on_every_replica(mesh, rng):
+    """Of parameters, moments, and of a rate that is one number."""
     arguments = draw_head(rng, 8, 24, ("positives",))
     narrow = {n: v if n == "positives" else v.astype(jnp.bfloat16) for n, v in arguments.items()}
     options = {"mesh": mesh, "batch_axis": "data", "label_axis": "model"}
-    got = inside(optax.sgd(0.1), narrow, rounding_key=jax.random.key(0), **options)
-    by_column = {}
-    for shard in got.params["kernel"].addressable_shards:
-        first = by_column.setdefault(str(shard.index), shard.data)
-        np.testing.assert_array_equal(shard.data, first)
-    assert len(by_column) == 4
+
+    def shrink(slopes, rate, params):
+        return jax.tree.map(lambda slope: rate * slope, slopes), rate * (1 - 2.0**-9)
+
+    shrinking = optax.GradientTransformation(lambda _: jnp.bfloat16(1), shrink)
+    optimizer = optax.chain(optax.adam(0.1), shrinking)
+    got = inside(optimizer, narrow, rounding_key=jax.random.key(0), chunk_size=3, **options)
+    assert got.opt_state[1].dtype == jnp.bfloat16
+    for array in jax.tree.leaves((got.params, got.opt_state)):
+        by_column = {}
+        for shard in array.addressable_shards:
+            first = by_column.setdefault(str(shard.index), shard.data)
+            np.testing.assert_array_equal(shard.data, first)
+        assert len(by_column) == (4 if array.ndim else 1)
 
 
 # --- cost, from the compiler ---------------------------------------------------------------------
@@ -366,13 +574,56 @@ def call(rng, optimizer=OPTIMIZERS["adam"], **changes):
     return jaxbce.linear_update(optimizer, features, params, state, **given | changes)
 
 
+def read(optimizer, rng, **options):
+    """As `call`, without running a step."""
+    features, params, given = split(draw_head(rng, names=("bias", "positives")))
+
+    def step(params, state):
+        return jaxbce.linear_update(optimizer, features, params, state, **given, **options)
+
+    return jax.eval_shape(step, params, jax.eval_shape(optimizer.init, params))
+
+
+@pytest.mark.parametrize("hidden", HIDING.values(), ids=HIDING)
 @pytest.mark.parametrize("optimizer", MIXING.values(), ids=MIXING)
-def test_an_optimizer_that_mixes_elements_is_refused(optimizer, rng):
-    with pytest.raises(
-        ValueError,
-        match=r"linear_update: optimizer (treats elements together|keeps state of shape)",
+def test_an_optimizer_that_mixes_elements_is_refused(optimizer, hidden, rng):
+    with (
+        jax.numpy_rank_promotion("allow"),
+        pytest.raises(
+            ValueError,
+            match=r"linear_update: optimizer "
+            r"(treats elements together|keeps state of shape|does not treat 8 labels as .* all 7)",
+        ),
     ):
-        call(rng, optimizer)
+        read(hidden(optimizer), rng)
+
+
+@pytest.mark.parametrize("optimizer", WELCOME.values(), ids=WELCOME)
+@pytest.mark.parametrize("chunk_size", [None, 1, 3], ids=str)
+def test_an_optimizer_that_treats_elements_apart_is_welcome(optimizer, chunk_size, rng):
+    with jax.numpy_rank_promotion("allow"):
+        read(optimizer, rng, chunk_size=chunk_size)
+
+
+def test_what_is_refused_is_named(rng):
+    with pytest.raises(ValueError, match="its update uses cumsum on arrays of labels"):
+        read(MIXING["running sums"], rng)
+
+
+@pytest.mark.parametrize("new_key", [jax.random.PRNGKey, jax.random.key], ids=["old", "typed"])
+def test_a_key_in_the_state(new_key, rng):
+    """One number for all elements mixes none."""
+
+    def update(slopes, key, params):
+        key, now = jax.random.split(key)
+        rate = jax.random.uniform(now)
+        return jax.tree.map(lambda slope: -rate * slope, slopes), key
+
+    optimizer = optax.GradientTransformation(lambda _: new_key(1), update)
+    arguments = draw_head(rng, names=NAMES)
+    got, expected = inside(optimizer, arguments, chunk_size=3), apart(optimizer, arguments)
+    assert_close(got[:3], expected[:3], 2e-6)
+    assert (got.opt_state == expected.opt_state).all()
 
 
 BY_SIZE = {
@@ -396,15 +647,64 @@ def test_an_optimizer_that_depends_on_the_number_of_labels_is_refused(optimizer,
     whole = inside(optimizer, arguments, steps=1, chunk_size=40)
     assert_close(whole.params, apart(optimizer, arguments, steps=1).params)
     for chunk_size in (1, 7, 30):
-        with pytest.raises(ValueError, match=rf"a chunk of {chunk_size} labels .* from all 40"):
+        with pytest.raises(ValueError, match=rf"not treat {chunk_size} labels as .* all 40"):
             inside(optimizer, arguments, steps=1, chunk_size=chunk_size)
 
 
 def test_an_optimizer_that_holds_an_array_of_the_labels_is_refused(rng):
-    rates = {"kernel": jnp.ones(LABELS), "bias": jnp.ones(LABELS)}
-    optimizer = optax.stateless(lambda slopes, _: jax.tree.map(jnp.multiply, slopes, rates))
-    with pytest.raises(TypeError, match="an array for each label belongs in its state; got mul"):
+    """And works with it in its state, as the error says."""
+    rates = {"kernel": jnp.arange(1.0, LABELS + 1), "bias": jnp.arange(1.0, LABELS + 1)}
+    optimizer = elementwise(lambda s: s * rates["bias"])
+    with (
+        jax.numpy_rank_promotion("allow"),
+        pytest.raises(TypeError, match=r"an array for each label belongs in its state.*got mul"),
+    ):
         call(rng, optimizer)
+
+    def init(params):
+        return {argument: jnp.zeros(array.shape[-1]) for argument, array in params.items()}
+
+    def update(slopes, state, params):
+        return jax.tree.map(lambda slope, rate: -slope * rate, slopes, state), state
+
+    optimizer = optax.GradientTransformation(init, update)
+    arguments = draw_head(rng, names=NAMES)
+    features, params, given = split(arguments)
+    with jax.numpy_rank_promotion("allow"):
+        got = jaxbce.linear_update(optimizer, features, params, rates, chunk_size=3, **given)
+        assert_close(
+            got.params, apart(elementwise(lambda s: -s * rates["bias"]), arguments, 1).params
+        )
+
+
+class Changing:
+    """What an optimizer may read of an object."""
+
+    rate = 0.1
+
+    def schedule(self, step):
+        return self.rate
+
+
+CHANGING = {
+    "a number": lambda owner: optax.sgd(lambda step: owner.rate),
+    "a method": lambda owner: optax.adam(owner.schedule),
+    "an array": lambda owner: elementwise(lambda s: -s * jnp.full(s.ndim, owner.rate)[0]),
+    "a constant": lambda owner: elementwise(lambda s: -s * owner.array[s.ndim]),
+    "a branch": lambda owner: elementwise(lambda s: s if owner.rate > 0.5 else -s),
+}
+
+
+@pytest.mark.parametrize("make", CHANGING.values(), ids=CHANGING)
+def test_an_optimizer_that_reads_what_changes(make, rng):
+    """Without jit a call of the same optimizer sees the new value."""
+    owner = Changing()
+    optimizer, arguments = make(owner), draw_head(rng, names=NAMES)
+    features, params, given = split(arguments)
+    for rate in (0.1, 0.9, 0.1):
+        owner.rate, owner.array = rate, jnp.full(3, rate)
+        got = jaxbce.linear_update(optimizer, features, params, optimizer.init(params), **given)
+        assert_close(got.params, apart(optimizer, arguments, 1).params, 2e-6)
 
 
 def test_settings_that_forbid_nan_and_transfers(rng):
@@ -454,7 +754,7 @@ ERRORS = {
     "rounding of float32": (
         {"rounding_key": jax.random.key(0)},
         ValueError,
-        "rounding_key is for parameters in bfloat16, got float32",
+        "rounding_key is for parameters or state in half precision, got float32",
     ),
 }
 

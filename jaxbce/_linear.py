@@ -9,7 +9,7 @@ same pass, every gradient: with Z the logits of a chunk and G = scale · ∂loss
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -126,6 +126,7 @@ class OwnLoss:
     """
 
     loss: Callable[..., jax.Array]
+    program: Hashable  # what it does, with its numbers: a part of what a compiled pass is known by
 
     def __call__(
         self,

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbce import _checks, _kernels, _linear, _placement, _reduce
+from jaxbce import _checks, _kernels, _linear, _placement, _program, _reduce
 
 
 def admit(
@@ -61,7 +61,8 @@ def own_loss(name: str, loss: Any, num_arrays: int) -> _linear.OwnLoss:
         )
     elements = jax.ShapeDtypeStruct((2, 3), jnp.float32)
     numbers = [jax.ShapeDtypeStruct((3,), jnp.float32)] * num_arrays
-    traced = jax.make_jaxpr(loss)(elements, elements, *numbers)
+    # A new function: of one that it knows, JAX returns the program with the numbers of that time.
+    traced = jax.make_jaxpr(lambda *arrays: loss(*arrays))(elements, elements, *numbers)
     shapes = [result.shape for result in traced.out_avals]
     if shapes != [elements.shape]:
         raise ValueError(
@@ -71,12 +72,12 @@ def own_loss(name: str, loss: Any, num_arrays: int) -> _linear.OwnLoss:
         )
     if not jnp.issubdtype(traced.out_avals[0].dtype, jnp.floating):
         raise TypeError(f"{name}: loss must return floats, got {traced.out_avals[0].dtype}")
-    if any(isinstance(constant, jax.core.Tracer) for constant in traced.consts):
-        raise ValueError(
-            f"{name}: loss must hold no traced value, of which it would lose the gradient; pass "
-            "the value as one of per_label, jax.numpy.full(labels, value)"
-        )
-    return _linear.OwnLoss(loss)
+    program = _program.read(
+        traced,
+        f"{name}: loss must hold no traced value, of which it would lose the gradient; pass the "
+        "value as one of per_label, jax.numpy.full(labels, value)",
+    )
+    return _linear.OwnLoss(loss, program)
 
 
 def prepare_layer(

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -12,7 +12,16 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
-from jaxbce import _checks, _kernels, _linear, _operands, _placement, _reduce, _sharding
+from jaxbce import (
+    _checks,
+    _kernels,
+    _linear,
+    _operands,
+    _placement,
+    _program,
+    _reduce,
+    _sharding,
+)
 
 
 class Optimizer(Protocol):
@@ -178,22 +187,12 @@ def linear_update(
     return step
 
 
-class Equation(NamedTuple):
-    """One operation of a traced program, with all that a caller can tell of it."""
-
-    primitive: str
-    meaning: tuple[Any, ...]  # the same for any number of labels: wiring, numbers, options, dtypes
-    axes: tuple[int, ...]  # of a reduction or a broadcast
-    operands: tuple[tuple[int, ...], ...]  # their shapes
-    results: tuple[tuple[int, ...], ...]
-
-
 class Layout(NamedTuple):
     """The optimizer's state and program, as far as a compiled step depends on them."""
 
     structure: Any
     by_label: tuple[bool, ...]  # which leaves of the state have a column, or a number, per label
-    program: tuple[Equation, ...]
+    program: tuple[_program.Equation, ...]
 
     def split(self, state: Any) -> tuple[list[jax.Array], list[jax.Array]]:
         """The leaves by label, and the others, as the number of steps."""
@@ -248,7 +247,7 @@ def _layout(name: str, optimizer: Any, params: Any, opt_state: Any) -> Layout:
                 "number for each label; use one that treats elements independently, as optax.adam "
                 "does"
             )
-    return Layout(structures[1], tuple(by_label), _program(name, optimizer, arrays, opt_state))
+    return Layout(structures[1], tuple(by_label), _read(name, optimizer, arrays, opt_state))
 
 
 def _shaped(array: Any, num_labels: int | None = None) -> jax.ShapeDtypeStruct:
@@ -280,13 +279,9 @@ ELEMENTWISE = """
 DROPPING = """
     reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum squeeze
 """
-# Those that only run another program, which is read too.
-CALLING = """
-    call_hi_primitive closed_call cond core_call custom_jvp_call custom_vjp_call jit remat2
-"""
 
 
-def _program(name: str, optimizer: Any, params: Any, state: Any) -> tuple[Equation, ...]:
+def _read(name: str, optimizer: Any, params: Any, state: Any) -> tuple[_program.Equation, ...]:
     """What the optimizer does in a step, with every number in it."""
 
     def step(gradients: Any, params: Any, state: Any) -> tuple[Any, Any]:
@@ -306,76 +301,11 @@ def _program(name: str, optimizer: Any, params: Any, state: Any) -> tuple[Equati
             "number of labels: an array for each label belongs in its state, where optimizer.init "
             f"makes it as long as the labels of its params; got {error}"
         ) from error
-    # Numbers are read now, while a program is traced, and whatever its settings say of transfers.
-    with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
-        return tuple(_equations(name, traced))
-
-
-def _equations(name: str, traced: Any) -> Iterator[Equation]:
-    """The operations of a program and of those inside it, between their inputs and outputs."""
-    jaxpr, numbers = getattr(traced, "jaxpr", traced), dict[Any, int]()
-
-    def described(variable: Any) -> tuple[Any, ...]:
-        if hasattr(variable, "val"):
-            return _number(name, variable.val)
-        place = numbers.setdefault(variable, len(numbers))
-        return place, str(variable.aval.dtype), variable.aval.ndim
-
-    def equation(
-        primitive: str, operands: Sequence[Any], results: Sequence[Any], **options: Any
-    ) -> Equation:
-        axes = (options.get(key) for key in ("axes", "dimensions", "broadcast_dimensions"))
-        return Equation(
-            primitive,
-            (*map(described, (*operands, *results)), *filter(_is_plain, options.items())),
-            next(filter(None, axes), ()),
-            tuple(each.aval.shape for each in operands),
-            tuple(each.aval.shape for each in results),
-        )
-
-    constants = [_number(name, value) for value in getattr(traced, "consts", ())]
-    yield equation("constants", (), jaxpr.constvars, values=tuple(constants))
-    yield equation("inputs", (), jaxpr.invars)
-    for each in jaxpr.eqns:
-        primitive = each.primitive.name
-        inner = _inner_programs([*each.params.values()])
-        if inner and primitive in CALLING.split():
-            yield equation("call", each.invars, each.outvars, of=primitive)
-        else:
-            yield equation(primitive, each.invars, each.outvars, **each.params)
-        for program in inner:
-            yield from _equations(name, program)
-    yield equation("outputs", jaxpr.outvars, ())
-
-
-def _inner_programs(options: Any) -> list[Any]:
-    """Those that the options of an operation hold, by themselves or, in newer JAX, traced."""
-    leaves = [getattr(leaf, "traced", leaf) for leaf in jax.tree.leaves(options)]
-    programs = [leaf.jaxpr if isinstance(leaf, jax.stages.Traced) else leaf for leaf in leaves]
-    return [each for each in programs if hasattr(getattr(each, "jaxpr", each), "eqns")]
-
-
-def _is_plain(option: tuple[str, Any]) -> bool:
-    """Whether an option of an operation says more than shapes and the programs inside it do.
-
-    A function says how to differentiate, or is a callback, which finds its numbers when it runs.
-    """
-    key, value = option
-    plain = isinstance(value, Hashable) and not callable(value) and not _inner_programs(value)
-    return plain and key not in ("shape", "new_sizes")
-
-
-def _number(name: str, value: Any) -> tuple[Any, ...]:
-    """A number or an array in an optimizer's program, such that equal ones compare equal."""
-    if isinstance(value, jax.core.Tracer):
-        raise ValueError(
-            f"{name}: optimizer must hold no traced value; pass a learning rate that is traced "
-            "through optax.inject_hyperparams, which keeps it in opt_state"
-        )
-    if jnp.issubdtype(jax.typeof(value).dtype, jax.dtypes.prng_key):
-        value = jax.random.key_data(value)
-    array = np.asarray(value)
-    return str(array.dtype), array.shape, array.tobytes()
+    return _program.read(
+        traced,
+        f"{name}: optimizer must hold no traced value; pass a learning rate that is traced through "
+        "optax.inject_hyperparams, which keeps it in opt_state",
+    )
 
 
 def _check_by_label(
@@ -389,7 +319,7 @@ def _check_by_label(
     num_labels = params["kernel"].shape[-1]
     by_label, others = layout.split(state)
     resized = layout.join([_shaped(array, other) for array in by_label], others)
-    program = _program(name, optimizer, {n: _shaped(a, other) for n, a in params.items()}, resized)
+    program = _read(name, optimizer, {n: _shaped(a, other) for n, a in params.items()}, resized)
     for pair in itertools.zip_longest(layout.program, program):
         if None in pair or pair[0][:2] != pair[1][:2]:
             raise ValueError(
@@ -408,7 +338,7 @@ def _check_by_label(
             )
 
 
-def _treats_apart(one: Equation, two: Equation) -> bool:
+def _treats_apart(one: _program.Equation, two: _program.Equation) -> bool:
     """Whether an operation leaves the labels in their places and computes each from itself."""
 
     def labelled(shapes: Any, others: Any) -> list[tuple[Any, list[int]]]:
@@ -434,7 +364,11 @@ def _treats_apart(one: Equation, two: Equation) -> bool:
 
 
 def _keeps(
-    equation: Equation, axis: int, shape: tuple[int, ...], new_axis: int, new_shape: tuple[int, ...]
+    equation: _program.Equation,
+    axis: int,
+    shape: tuple[int, ...],
+    new_axis: int,
+    new_shape: tuple[int, ...],
 ) -> bool:
     """Whether place i on an axis of an operand becomes place i on that of the result."""
     if equation.primitive in ELEMENTWISE.split():

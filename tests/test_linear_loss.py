@@ -250,6 +250,56 @@ def test_a_loss_that_holds_a_traced_value_is_refused(transform, rng):
         transform(program)(2.0)
 
 
+class Margin:
+    """Its method is equal to itself whatever its attributes are."""
+
+    value = 1.0
+
+    def loss(self, logits, labels):
+        return (logits - self.value * labels) ** 2
+
+    def __call__(self, logits, labels):
+        return jax.nn.softplus(self.loss(logits, labels))
+
+
+def held(margin):
+    return lambda logits, labels: margin.loss(logits, labels)
+
+
+STALE = {
+    "bound method": lambda margin: margin.loss,
+    "object": lambda margin: margin,
+    "closure": held,
+    "partial": lambda margin: functools.partial(Margin.loss, margin),
+    "array": lambda margin: margin.loss,
+}
+
+
+@pytest.mark.parametrize("of", ["linear_loss", "linear_update"])
+@pytest.mark.parametrize("kind", STALE)
+def test_a_loss_reads_what_its_object_holds_now(kind, of, rng):
+    """Without jit, as any Python function does."""
+    drawn = draw_head(rng, names=("positives",))
+    features, kernel, positives = drawn["features"], drawn["kernel"], drawn["positives"]
+    margin = Margin()
+    loss = STALE[kind](margin)
+    optimizer = optax.sgd(0.0)
+
+    def total():
+        if of == "linear_loss":
+            return jaxbce.linear_loss(loss, features, kernel, positives=positives)
+        params = {"kernel": kernel}
+        state = optimizer.init(params)
+        return jaxbce.linear_update(
+            optimizer, features, params, state, loss=loss, positives=positives
+        ).loss
+
+    for value in (1.0, 2.0, 2.0, 1.0):
+        margin.value = np.float32(value) * np.ones((1, 1), np.float32) if kind == "array" else value
+        dense = loss(features @ kernel, jaxbce.multi_hot(positives, LABELS))
+        np.testing.assert_allclose(total(), jnp.mean(dense), rtol=1e-6)
+
+
 MASK_ERRORS = {
     "floats": ({"where": np.ones(LABELS)}, TypeError, "where must be bool"),
     "where": ({"where": np.ones(3, bool)}, ValueError, r"where of shape \(3,\) does not broadcast"),

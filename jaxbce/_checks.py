@@ -25,7 +25,8 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
     under `jax.jit` or `jax.vmap`. Without it no check is traced and none costs anything.
 
     What is checked: kept labels and probabilities lie in [0, 1] and are not NaN; `label_smoothing`
-    lies in [0, 1]; positives are label ids, or -1 for padding, and fit into `max_positives`.
+    lies in [0, 1]; `pos_weight` is not negative; positives are label ids, or -1 for padding, and
+    fit into `max_positives`.
 
     Args:
       fn: a function of arrays, or pytrees of arrays, that returns the same.
@@ -296,6 +297,14 @@ def check_unit_interval(
     """Under `checked`, every kept element of `values` must lie in [0, 1]."""
     ok = (values >= 0) & (values <= 1)
     check_values(name, argument, values, ok if keep is None else ok | ~keep, "in [0, 1]")
+
+
+def check_not_negative(
+    name: str, argument: str, values: jax.Array, keep: jax.Array | None = None
+) -> None:
+    """Under `checked`, no kept element of `values` may be negative, or NaN."""
+    ok = values >= 0
+    check_values(name, argument, values, ok if keep is None else ok | ~keep, "at least 0")
 
 
 def known(value: Any) -> TypeGuard[float]:

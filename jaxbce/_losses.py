@@ -403,6 +403,9 @@ def evaluate_arrays(
     if loss.scores == "probs":
         _checks.check_unit_interval(name, "probs", x, counted)
     _checks.check_unit_interval(name, "labels", y, counted)
+    for argument, extra in zip(loss.parameters, extras, strict=True):
+        if argument == "pos_weight" and extra is not None:
+            _checks.check_not_negative(name, argument, extra, counted)
 
     keep = _reduce.kept(loss.extent(x, y, *extras), weight, where)
     if keep is not None:

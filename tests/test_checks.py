@@ -3,6 +3,7 @@
 import functools
 import inspect
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from flax import nnx
 from losses import dense_losses
 
 import jaxbce
+import jaxbce.nnx
 
 X = np.zeros((4, 3), np.float32)
 
@@ -204,6 +206,80 @@ def test_what_is_required(call, argument):
 @every_call
 def test_a_parameter_is_its_array(argument, value, call):
     assert jax.tree.all(jax.tree.map(np.array_equal, call(Parameter(value)), call(value)))
+
+
+SGD = optax.sgd(0.1)
+PARAMS = {"kernel": KERNEL, "bias": KERNEL[0]}
+
+
+def module():
+    head = jaxbce.nnx.MultiLabelHead(2, 3, prior=0.1, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(head, SGD, wrt=nnx.Param)
+    step = head.update(optimizer, FEATURES, positives=IDS, label_smoothing=0.1)
+    results = head.loss(FEATURES, positives=IDS, where=True), head.top_k(FEATURES, 2)
+    return step, results, head(FEATURES), head.kernel[...]
+
+
+# Calls with numbers in place of arrays, of Python (n = float) and of NumPy, and in chunks.
+WITH_NUMBERS = {
+    "bce_with_logits, options": lambda n: jaxbce.bce_with_logits(
+        X, X, weight=n(2), pos_weight=n(3), label_smoothing=n(0.1), where=True
+    ),
+    "bce_with_logits": lambda n: jaxbce.bce_with_logits(n(1), True, reduction="none"),
+    "bce_with_logits, gradient": lambda n: jax.grad(jaxbce.bce_with_logits)(n(1), 1, weight=n(2)),
+    "bce_with_logits, hessian": lambda n: jax.hessian(jaxbce.bce_with_logits)(
+        n(1), 1, weight=n(2), forward_mode=True
+    ),
+    "BCEWithLogitsLoss": lambda n: jaxbce.BCEWithLogitsLoss(n(2), n(3))(X, X, where=np.True_),
+    "bce": lambda n: jaxbce.bce(n(0.5), 1, weight=n(2), label_smoothing=n(0.1)),
+    "focal_loss": lambda n: jaxbce.focal_loss(X, X, alpha=n(0.3), weight=n(2)),
+    "sigmoid_focal_loss": lambda n: jaxbce.sigmoid_focal_loss(X, X, alpha=n(0.3), gamma=n(1.5)),
+    "asymmetric_loss": lambda n: jaxbce.asymmetric_loss(n(1), 0, weight=n(2)),
+    "sparse_bce_with_logits": lambda n: jaxbce.sparse_bce_with_logits(
+        X, IDS, weight=n(2), pos_weight=2, label_smoothing=n(0.1), where=True
+    ),
+    "softplus": lambda n: jaxbce.softplus(n(1)),
+    "sigmoid": lambda n: jaxbce.sigmoid(2),
+    "log_sigmoid": lambda n: jaxbce.log_sigmoid(True),
+    "linear_bce_with_logits": lambda n: jax.value_and_grad(jaxbce.linear_bce_with_logits)(
+        FEATURES, KERNEL, positives=IDS, where=True, label_smoothing=n(0.1), chunk_size=2
+    ),
+    "linear_loss": lambda n: jaxbce.linear_loss(
+        jnp.multiply, FEATURES, KERNEL, labels=X, where=True, reduction="none", chunk_size=2
+    ),
+    "linear_update": lambda n: jaxbce.linear_update(
+        SGD, FEATURES, PARAMS, SGD.init(PARAMS), positives=IDS, label_smoothing=n(0.1), chunk_size=2
+    ),
+    "linear_top_k": lambda n: jaxbce.linear_top_k(FEATURES, KERNEL, k=1, chunk_size=1),
+    "siglip_loss": lambda n: jax.value_and_grad(jaxbce.siglip_loss)(
+        FEATURES, FEATURES, n(0.5), n(-1), chunk_size=2
+    ),
+    "balanced_pos_weight": lambda n: jaxbce.balanced_pos_weight(X, where=True, max_weight=n(2)),
+    "prior_bias": lambda n: jaxbce.prior_bias(positives=IDS, num_labels=3, where=True),
+    "multi_hot": lambda n: jaxbce.multi_hot(IDS, np.int64(3), dtype=bool),
+    "positives_from_multi_hot": lambda n: jaxbce.positives_from_multi_hot(X),
+    "checked": lambda n: jaxbce.checked(jaxbce.bce_with_logits)(X, X, weight=n(2)),
+    "MultiLabelHead": lambda n: module(),
+}
+
+
+def assert_same_without_jit(call):
+    expected = call()
+    with jax.disable_jit():
+        got = call()
+    assert jax.tree.map(jnp.result_type, got) == jax.tree.map(jnp.result_type, expected)
+    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@every_call
+def test_without_jit(argument, value, call):
+    assert_same_without_jit(lambda: call(value))
+
+
+@pytest.mark.parametrize("number", [float, np.float32], ids=["Python", "NumPy"])
+@pytest.mark.parametrize("call", WITH_NUMBERS.values(), ids=list(WITH_NUMBERS))
+def test_without_jit_of_numbers(call, number):
+    assert_same_without_jit(lambda: call(number))
 
 
 @every_call

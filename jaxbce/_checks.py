@@ -151,23 +151,34 @@ def real(name: str, argument: str, values: Any) -> jax.Array:
     return array
 
 
-def floating(name: str, argument: str, values: Any) -> jax.Array:
+def floating(name: str, argument: str, values: Any, labels: Any = None) -> jax.Array:
+    """A float array; where `labels` are one in its place, the error asks about the order."""
     array = real(name, argument, values)
     if not jnp.issubdtype(array.dtype, jnp.floating):
+        swapped = labels is not None and jnp.issubdtype(jnp.result_type(labels), jnp.floating)
+        question = f"are {argument} and labels swapped? If not, " if swapped else ""
         raise TypeError(
-            f"{name}: {argument} must be floating-point, got {array.dtype}; "
+            f"{name}: {argument} must be floating-point, got {array.dtype}; {question}"
             f"convert with jax.numpy.asarray({argument}, jax.numpy.float32)"
         )
     return array
+
+
+def are_class_ids(labels: jax.Array, shape: tuple[int, ...]) -> bool:
+    """Whether labels that should be dense, of `shape`, look like one id per row."""
+    integers = jnp.issubdtype(labels.dtype, jnp.integer)
+    return integers and labels.ndim + 1 == len(shape) and shape[-1] != 1
 
 
 def shaped(name: str, argument: str, values: Any, shape: tuple[int, ...], axes: str) -> jax.Array:
     """A real array of exactly `shape`, whose axes are named by `axes`."""
     array = real(name, argument, values)
     if array.shape != shape:
+        remedy = f"nothing is broadcast, so {_remedy(argument, array.shape, shape)}"
+        if argument == "labels" and are_class_ids(array, shape):
+            remedy = "class ids are positives=labels[..., None]"
         raise ValueError(
-            f"{name}: {argument} must have shape {axes} = {shape}, got {array.shape}; nothing is "
-            f"broadcast, so {_remedy(argument, array.shape, shape)}"
+            f"{name}: {argument} must have shape {axes} = {shape}, got {array.shape}; {remedy}"
         )
     return array
 
@@ -257,10 +268,12 @@ def positives(
         raise ValueError(f"{name}: {argument} must have an axis of label ids, got one number")
     against, shape = rows_of or (argument, ids.shape)
     if ids.shape[:-1] != shape[:-1]:
+        one_each = f"one id per row is {argument}[..., None]"
+        rows = f"each row of {against} has a row of ids, padded with -1, which may be all of it"
         raise ValueError(
             f"{name}: {argument} must have shape (..., {argument}) with the leading axes of "
-            f"{against}, got {argument} {ids.shape} and {against} {shape}; one id per row is "
-            f"{argument}[:, None]"
+            f"{against}, got {argument} {ids.shape} and {against} {shape}; "
+            f"{one_each if ids.shape == shape[:-1] else rows}"
         )
     if ids.dtype.itemsize < 4:
         ids = ids.astype(jnp.int32)  # so that num_labels fits; a wide id is narrowed only below

@@ -39,7 +39,7 @@ class MultiLabelHead(nnx.Module):
       mesh: devices to share the work of the methods; None uses one.
       batch_axis: axis of the mesh over which the rows are sharded; None replicates them.
       label_axis: axis of the mesh over which kernel and bias are sharded, from their creation on;
-        None replicates them.
+        None replicates them. `nnx.get_partition_spec` knows it.
       rngs: source of the key of the kernel.
 
     Returns:

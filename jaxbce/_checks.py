@@ -25,7 +25,8 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
     under `jax.jit` or `jax.vmap`. Without it no check is traced and none costs anything.
 
     What is checked: kept labels and probabilities lie in [0, 1] and are not NaN; `label_smoothing`
-    lies in [0, 1]; positives are label ids, or -1 for padding, and fit into `max_positives`.
+    lies in [0, 1]; `pos_weight` is not negative; positives are label ids, or -1 for padding, and
+    fit into `max_positives`.
 
     Args:
       fn: a function of arrays, or pytrees of arrays, that returns the same.
@@ -150,23 +151,34 @@ def real(name: str, argument: str, values: Any) -> jax.Array:
     return array
 
 
-def floating(name: str, argument: str, values: Any) -> jax.Array:
+def floating(name: str, argument: str, values: Any, labels: Any = None) -> jax.Array:
+    """A float array; where `labels` are one in its place, the error asks about the order."""
     array = real(name, argument, values)
     if not jnp.issubdtype(array.dtype, jnp.floating):
+        swapped = labels is not None and jnp.issubdtype(jnp.result_type(labels), jnp.floating)
+        question = f"are {argument} and labels swapped? If not, " if swapped else ""
         raise TypeError(
-            f"{name}: {argument} must be floating-point, got {array.dtype}; "
+            f"{name}: {argument} must be floating-point, got {array.dtype}; {question}"
             f"convert with jax.numpy.asarray({argument}, jax.numpy.float32)"
         )
     return array
+
+
+def are_class_ids(labels: jax.Array, shape: tuple[int, ...]) -> bool:
+    """Whether labels that should be dense, of `shape`, look like one id per row."""
+    integers = jnp.issubdtype(labels.dtype, jnp.integer)
+    return integers and labels.ndim + 1 == len(shape) and shape[-1] != 1
 
 
 def shaped(name: str, argument: str, values: Any, shape: tuple[int, ...], axes: str) -> jax.Array:
     """A real array of exactly `shape`, whose axes are named by `axes`."""
     array = real(name, argument, values)
     if array.shape != shape:
+        remedy = f"nothing is broadcast, so {_remedy(argument, array.shape, shape)}"
+        if argument == "labels" and are_class_ids(array, shape):
+            remedy = "class ids are positives=labels[..., None]"
         raise ValueError(
-            f"{name}: {argument} must have shape {axes} = {shape}, got {array.shape}; nothing is "
-            f"broadcast, so {_remedy(argument, array.shape, shape)}"
+            f"{name}: {argument} must have shape {axes} = {shape}, got {array.shape}; {remedy}"
         )
     return array
 
@@ -256,10 +268,12 @@ def positives(
         raise ValueError(f"{name}: {argument} must have an axis of label ids, got one number")
     against, shape = rows_of or (argument, ids.shape)
     if ids.shape[:-1] != shape[:-1]:
+        one_each = f"one id per row is {argument}[..., None]"
+        rows = f"each row of {against} has a row of ids, padded with -1, which may be all of it"
         raise ValueError(
             f"{name}: {argument} must have shape (..., {argument}) with the leading axes of "
-            f"{against}, got {argument} {ids.shape} and {against} {shape}; one id per row is "
-            f"{argument}[:, None]"
+            f"{against}, got {argument} {ids.shape} and {against} {shape}; "
+            f"{one_each if ids.shape == shape[:-1] else rows}"
         )
     if ids.dtype.itemsize < 4:
         ids = ids.astype(jnp.int32)  # so that num_labels fits; a wide id is narrowed only below
@@ -296,6 +310,14 @@ def check_unit_interval(
     """Under `checked`, every kept element of `values` must lie in [0, 1]."""
     ok = (values >= 0) & (values <= 1)
     check_values(name, argument, values, ok if keep is None else ok | ~keep, "in [0, 1]")
+
+
+def check_not_negative(
+    name: str, argument: str, values: jax.Array, keep: jax.Array | None = None
+) -> None:
+    """Under `checked`, no kept element of `values` may be negative, or NaN."""
+    ok = values >= 0
+    check_values(name, argument, values, ok if keep is None else ok | ~keep, "at least 0")
 
 
 def known(value: Any) -> TypeGuard[float]:

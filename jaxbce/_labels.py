@@ -47,7 +47,7 @@ def multi_hot(
     Source: scikit-learn's `MultiLabelBinarizer`, with a fixed number of ids per row.
     """
     name = "multi_hot"
-    _checks.check_size(name, "num_labels", num_labels, least=0)
+    _check_num_labels(name, num_labels)
     _checks.check_real_dtype(name, "dtype", dtype)
     (positives,) = _checks.admit(name, positives=positives)
     result: jax.Array = _multi_hot_of(
@@ -314,7 +314,7 @@ def _counts(
             )
         count, kept = _dense_counts(labels, where, name=name)
     else:
-        _checks.check_size(name, "num_labels", num_labels, least=0)
+        _check_num_labels(name, num_labels)
         count, kept = _sparse_counts(positives, where, ignored, name=name, num_labels=num_labels)
     # Large floats are rounded, each sum in its own way: no negatives may come out as less than 0.
     negatives = kept - count
@@ -387,6 +387,15 @@ def _kept_per_label(where: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array
         if own != size:
             kept *= jnp.asarray(size, dtype)
     return jnp.broadcast_to(kept, shape[-1:])
+
+
+def _check_num_labels(name: str, num_labels: Any) -> None:
+    if num_labels is None:
+        raise ValueError(
+            f"{name}: num_labels must be given with positives, which do not tell it, got None; "
+            "pass the number of labels, logits.shape[-1]"
+        )
+    _checks.check_size(name, "num_labels", num_labels, least=0)
 
 
 def _check_positive(name: str, argument: str, value: Any) -> None:

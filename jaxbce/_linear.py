@@ -455,6 +455,8 @@ def top_k_pass(
         return best(values, ids, k), None
 
     # The first chunk also takes the labels left over; it holds at least k.
-    starts = first + jnp.arange(whole, dtype=jnp.int32) * chunk_size
-    found, _ = jax.lax.scan(step, best_of(0, first), starts)
+    found = best_of(0, first)
+    if whole:  # `jax.disable_jit` refuses a loop of no turns
+        starts = first + jnp.arange(whole, dtype=jnp.int32) * chunk_size
+        found, _ = jax.lax.scan(step, found, starts)
     return found

@@ -371,7 +371,7 @@ def evaluate_arrays(
     sparse: bool,
 ) -> jax.Array:
     *parameters, weight, label_smoothing, where = options
-    x = _checks.floating(name, loss.scores, scores)
+    x = _checks.floating(name, loss.scores, scores, None if sparse else labels)
     dtype, shape = _kernels.accumulator(x), x.shape
     x = x.astype(dtype)
     axes = _checks.axes_of(name, axes, loss.scores, x.ndim)
@@ -394,15 +394,25 @@ def evaluate_arrays(
     else:
         y = _checks.real(name, "labels", labels)
         if y.shape != shape:
+            remedy = (
+                "nothing is broadcast, so reshape one of them, for example with labels[:, None]"
+            )
+            if _checks.are_class_ids(y, shape):
+                remedy = (
+                    f"class ids become labels by jaxbce.multi_hot(labels[..., None], {shape[-1]}), "
+                    "and jaxbce.sparse_bce_with_logits takes them as positives"
+                )
             raise ValueError(
                 f"{name}: labels must have the shape of {loss.scores}, got labels {y.shape} and "
-                f"{loss.scores} {shape}; nothing is broadcast, so reshape one of them, for example "
-                "with labels[:, None]"
+                f"{loss.scores} {shape}; {remedy}"
             )
     y = y.astype(dtype)
     if loss.scores == "probs":
         _checks.check_unit_interval(name, "probs", x, counted)
     _checks.check_unit_interval(name, "labels", y, counted)
+    for argument, extra in zip(loss.parameters, extras, strict=True):
+        if argument == "pos_weight" and extra is not None:
+            _checks.check_not_negative(name, argument, extra, counted)
 
     keep = _reduce.kept(loss.extent(x, y, *extras), weight, where)
     if keep is not None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,39 +13,39 @@ from jaxbce import _checks, _reduce
 from jaxbce._losses import bce_with_logits
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["weight", "pos_weight"],
-    meta_fields=["label_smoothing", "reduction"],
-)
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class BCEWithLogitsLoss:
-    """`bce_with_logits` with its options fixed, as an immutable pytree.
+    """`bce_with_logits` with its options fixed, as an immutable constant.
 
     Use it where a loss is configured in one place and called in another: it crosses `jax.jit` and
-    `jax.vmap` boundaries and can be an attribute of a Flax module.
+    `jax.vmap` boundaries and can be an attribute of a Flax or Equinox module.
 
     Formula: that of `bce_with_logits`.
 
     Args:
-      weight: a leaf; real array that broadcasts to the shape of logits and multiplies the loss;
-        None is 1.
-      pos_weight: a leaf; real array that broadcasts to the shape of logits, usually (labels,), and
+      weight: real array that broadcasts to the shape of logits and multiplies the loss; None is 1.
+      pos_weight: real array that broadcasts to the shape of logits, usually (labels,), and
         multiplies the positive term only; None is 1.
       label_smoothing: Python number a in [0, 1]; labels become y (1 − a) + a / 2.
       reduction: "mean", "weighted_mean", "sum", "batchmean" or "none", as for `bce_with_logits`.
 
     Returns:
       An object to call with `(logits, labels, *, where=None)`, which returns what `bce_with_logits`
-      does: the loss in float32 (float64 for float64 logits).
+      does: the loss in float32 (float64 for float64 logits). It is a pytree without leaves: weight
+      and pos_weight are copied to the host and belong to the compiled program. Objects of equal
+      values are equal, and `jax.jit` compiles once for them.
 
     Raises:
-      ValueError: label_smoothing or reduction is not valid. Calling it raises what
+      TypeError: weight or pos_weight is not an array of numbers.
+      ValueError: label_smoothing or reduction is not valid, or an object with a traced array is
+        compared or crosses the boundary of a transformation. Calling it raises what
         `bce_with_logits` does.
 
     Edge values: as `bce_with_logits`.
 
-    Differentiable: as `bce_with_logits`, and with respect to the object itself (its two leaves).
+    Differentiable: as `bce_with_logits`, but weight and pos_weight are constants, which no
+    optimizer changes: to train them, pass them to `bce_with_logits`.
 
     Example:
       >>> import jax.numpy as jnp, jaxbce
@@ -54,7 +55,7 @@ class BCEWithLogitsLoss:
       >>> print(round(float(loss(jnp.array([[2.0, -1.0]]), jnp.array([[1, 1]]))), 4))
       4.0667
 
-    Source: PyTorch's `BCEWithLogitsLoss`.
+    Source: PyTorch's `BCEWithLogitsLoss`, whose weights are buffers.
     """
 
     weight: ArrayLike | None = None
@@ -66,7 +67,16 @@ class BCEWithLogitsLoss:
         name = type(self).__name__
         _checks.check_choice(name, "reduction", self.reduction, _reduce.REDUCTIONS)
         above = math.nextafter(1, 2)
-        _checks.static_number(name, "label_smoothing", self.label_smoothing, "in [0, 1]", 0, above)
+        smoothing = _checks.static_number(
+            name, "label_smoothing", self.label_smoothing, "in [0, 1]", 0, above
+        )
+        arrays = _checks.admit(name, weight=self.weight, pos_weight=self.pos_weight)
+        for field, value in zip(
+            ("weight", "pos_weight", "label_smoothing"),
+            (*map(_constant, arrays), smoothing),
+            strict=True,
+        ):
+            object.__setattr__(self, field, value)
 
     def __call__(
         self, logits: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None = None
@@ -82,17 +92,68 @@ class BCEWithLogitsLoss:
             reduction=self.reduction,
         )
 
+    def tree_flatten(self) -> tuple[tuple[()], "BCEWithLogitsLoss"]:
+        """No leaves: the object itself is what `jax.jit` compiles for."""
+        hash(self)
+        return (), self
+
+    @classmethod
+    def tree_unflatten(cls, same: "BCEWithLogitsLoss", _: Any) -> "BCEWithLogitsLoss":
+        return same
+
+    @functools.cached_property
+    def _key(self) -> tuple[Any, ...]:
+        """What makes two objects equal; hashable."""
+        arrays = [
+            _value(type(self).__name__, argument, getattr(self, argument))
+            for argument in ("weight", "pos_weight")
+        ]
+        return type(self), *arrays, self.label_smoothing, self.reduction
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BCEWithLogitsLoss) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy is made anew: pickled arrays may be written, and a hash differs by process.
+        return type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
     def __repr__(self) -> str:
         changed = [
-            f"{field.name}={_describe(value)}"
+            f"{field.name}={value}"
             for field in dataclasses.fields(self)
-            if (value := getattr(self, field.name)) is not field.default
+            if (value := _describe(getattr(self, field.name))) != repr(field.default)
         ]
         return f"{type(self).__name__}({', '.join(changed)})"
 
 
-def _describe(value: object) -> str:
+def _constant(value: Any) -> Any:
+    """A copy on the host that nobody can change; what is traced has no gradient."""
+    if isinstance(value, jax.core.Tracer):
+        return jax.lax.stop_gradient(value)
+    if isinstance(value, (jax.Array, np.ndarray)):
+        value = np.array(value)
+        value.flags.writeable = False
+    return value
+
+
+def _value(name: str, argument: str, value: Any) -> Any:
+    """Equal for equal constants, and hashable."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            f"{name}: {argument} must be known where the object is compared or crosses the "
+            f"boundary of a transformation, such as jax.jit, got a traced {_describe(value)}; pass "
+            f"{argument} to jaxbce.bce_with_logits, or make the object of a NumPy array"
+        )
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.dtype, value.shape, value.tobytes()
+    return repr(value)  # 1, 1.0 and True differ
+
+
+def _describe(value: Any) -> str:
     """An array by its dtype and shape, anything else by its repr."""
-    if isinstance(value, (jax.Array, np.ndarray)) and value.ndim:
+    if isinstance(value, jax.Array) or (isinstance(value, np.ndarray) and value.ndim):
         return f"{value.dtype}{list(value.shape)}"
     return repr(value)

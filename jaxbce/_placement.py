@@ -85,7 +85,9 @@ def compiled(*static: str, result: Callable[..., Any]) -> Callable[[Function], C
 
     def decorate(fn: Function) -> Callable[..., Any]:
         @functools.wraps(fn)
-        def run(*arrays: Any, **options: Any) -> Any:
+        def run(*given: Any, **options: Any) -> Any:
+            # Under `jax.disable_jit` numbers and NumPy arrays come as they were given.
+            arrays = jax.tree.map(jnp.asarray, given)
             out_specs = result(*arrays, **options)
             return automatic(functools.partial(fn, **options), arrays, out_specs)
 

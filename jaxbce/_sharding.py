@@ -336,7 +336,8 @@ class Devices:
         if size % devices:
             raise ValueError(
                 f"{name}: {argument} {axis!r} has {devices} devices, which does not divide the "
-                f"size {size} that it shards; pad to a multiple or use another mesh"
+                f"size {size} that it shards; pad to {size + -size % devices}, the next size that "
+                "it divides, or use another mesh"
             )
         around = _placement.manual_axes()
         if taken := [one for one in sharing if one in around]:

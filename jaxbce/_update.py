@@ -385,10 +385,16 @@ def _keeps(
 
 
 def _specs(features: Any, kernel: Any, bias: Any, *others: Any, **_: Any) -> Any:
-    """The results are sharded as what they replace."""
-    own: Any = jax.tree.map(_placement.common_spec, (features, kernel, bias, others[-2]))
+    """The results are sharded as what they replace, new state also as its parameter."""
+
+    def of_state(array: Any) -> PartitionSpec:
+        like = [each for each in (kernel, bias) if jnp.shape(each) == jnp.shape(array)]
+        return _placement.common_spec(array, *like)
+
+    own: Any = jax.tree.map(_placement.common_spec, (features, kernel, bias))
+    state = jax.tree.map(of_state, others[-2])
     params = {"kernel": own[1]} | ({} if bias is None else {"bias": own[2]})
-    specs: tuple[Any, ...] = (PartitionSpec(), own[0], params, own[3])
+    specs: tuple[Any, ...] = (PartitionSpec(), own[0], params, state)
     return LinearUpdate(*specs)
 
 

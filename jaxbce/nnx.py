@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 import jaxbce
@@ -39,7 +40,7 @@ class MultiLabelHead(nnx.Module):
       mesh: devices to share the work of the methods; None uses one.
       batch_axis: axis of the mesh over which the rows are sharded; None replicates them.
       label_axis: axis of the mesh over which kernel and bias are sharded, from their creation on;
-        None replicates them.
+        None replicates them. `nnx.get_partition_spec` knows it.
       rngs: source of the key of the kernel.
 
     Returns:
@@ -95,23 +96,34 @@ class MultiLabelHead(nnx.Module):
         self.label_axis = label_axis
 
         def created(
-            make: Callable[..., jax.Array], spec: PartitionSpec, *args: Any
+            make: Callable[..., jax.Array], names: tuple[Any, ...], *args: Any
         ) -> nnx.Param[jax.Array]:
-            """A parameter that is made where it belongs."""
-            if mesh is not None:
-                make = jax.jit(make, out_shardings=NamedSharding(mesh, spec))
-            return nnx.Param(make(*args))
+            """A parameter that is made where it belongs, and says so to Flax."""
+            if mesh is None:
+                return nnx.Param(make(*args))
+            sharding = NamedSharding(mesh, PartitionSpec(*names))
+
+            def placed(*args: Any) -> jax.Array:
+                made: jax.Array = jax.jit(make, out_shardings=sharding)(*args)
+                if AxisType.Auto not in mesh.axis_types:  # under `jax.jit` the type then says it
+                    made = jax.sharding.reshard(made, sharding)
+                return made
+
+            # Flax would place it once more, for which some of its versions ask for a context.
+            return nnx.Param(
+                nnx.with_partitioning(placed, names, mesh, eager_sharding=False)(*args)
+            )
 
         def new_kernel(key: jax.Array) -> jax.Array:
             kernel: jax.Array = kernel_init(key, (in_features, num_labels), param_dtype)
             return kernel
 
-        by_column = PartitionSpec(None, label_axis)
-        self.kernel: nnx.Param[jax.Array] = created(new_kernel, by_column, rngs.params())
+        self.kernel: nnx.Param[jax.Array] = created(new_kernel, (None, label_axis), rngs.params())
         rate = _rate(prior, num_labels, param_dtype)
-        by_label = PartitionSpec(label_axis)
         self.bias: nnx.Param[jax.Array] | None = (
-            created(lambda: _bias(rate, num_labels, param_dtype), by_label) if use_bias else None
+            created(lambda: _bias(rate, num_labels, param_dtype), (label_axis,))
+            if use_bias
+            else None
         )
 
     def __call__(self, features: ArrayLike) -> jax.Array:
@@ -297,18 +309,23 @@ def _rate(prior: ArrayLike | None, num_labels: int, dtype: DTypeLike) -> jax.Arr
     """The base rate of the labels, in the dtype in which its logit is computed."""
     if prior is None:
         return None
-    rate = jnp.asarray(prior, jnp.float64 if dtype == jnp.float64 else jnp.float32)
-    if rate.shape not in ((), (num_labels,)):
+    number = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    if isinstance(prior, nnx.Variable):
+        prior = prior[...]
+    if np.shape(prior) not in ((), (num_labels,)):
         raise ValueError(
             f"MultiLabelHead: prior must be one number or have shape ({num_labels},), got "
-            f"{rate.shape}"
+            f"{np.shape(prior)}"
         )
-    if not isinstance(rate, jax.core.Tracer) and not bool(jnp.all((rate > 0) & (rate < 1))):
-        raise ValueError(
-            f"MultiLabelHead: prior must be in (0, 1), got {jnp.min(rate)} to {jnp.max(rate)}; "
-            "base rates without 0 and 1 are jax.nn.sigmoid(jaxbce.prior_bias(labels))"
-        )
-    return rate
+    if not isinstance(prior, jax.core.Tracer):
+        # NumPy, because under `jax.jit` JAX would not compute but trace.
+        prior = np.asarray(prior, number)
+        if not np.all((prior > 0) & (prior < 1)):
+            raise ValueError(
+                f"MultiLabelHead: prior must be in (0, 1), got {prior.min()} to {prior.max()}; "
+                "base rates without 0 and 1 are jax.nn.sigmoid(jaxbce.prior_bias(labels))"
+            )
+    return jnp.asarray(prior, number)
 
 
 def _bias(rate: jax.Array | None, num_labels: int, dtype: DTypeLike) -> jax.Array:

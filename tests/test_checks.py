@@ -3,6 +3,7 @@
 import functools
 import inspect
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,20 +13,32 @@ from flax import nnx
 from losses import dense_losses
 
 import jaxbce
+import jaxbce.nnx
 
 X = np.zeros((4, 3), np.float32)
+IDS = np.array([[2], [0], [1], [2]])
 
 
 @dense_losses
 @pytest.mark.parametrize(
     ("scores", "labels", "options", "error", "message"),
     [
-        (X.astype(int), X, {}, TypeError, r"must be floating-point, got int.*asarray"),
+        (X.astype(int), X > 0, {}, TypeError, r"must be floating-point, got int\d+; convert with"),
+        (X > 0, X, {}, TypeError, r"got bool; are .* and labels swapped\? If not, convert with"),
+        (X.astype(int), X, {}, TypeError, r"got int\d+; are .* and labels swapped\? If not,"),
         ([0.0], X, {}, TypeError, r"must be an array or a number, got list.*asarray"),
         (X, None, {}, TypeError, r"labels must be an array or a number, got NoneType"),
         (X, X + 0j, {}, TypeError, r"labels must be float, integer or bool, got complex64"),
         (X, X[0], {}, ValueError, r"labels \(3,\) and .* \(4, 3\); nothing is broadcast.*reshape"),
         (X[:, :1], X[:, 0], {}, ValueError, r"labels\[:, None\]"),
+        (X[:, :1], IDS[:, 0], {}, ValueError, r"reshape one of them.*labels\[:, None\]"),
+        (
+            X,
+            IDS[:, 0],
+            {},
+            ValueError,
+            r"labels \(4,\) and .*multi_hot\(labels\[..., None\], 3\), .*sparse_bce_with_logits",
+        ),
         (X, X, {"weight": X[:, 0]}, ValueError, r"weight of shape \(4,\).*weight\[:, None\]"),
         (X[0], X[0], {"weight": X}, ValueError, r"weight of shape \(4, 3\) does not broadcast"),
         (X, X, {"where": X[:, 0] == 0}, ValueError, r"where of shape \(4,\).*where\[:, None\]"),
@@ -34,11 +47,15 @@ X = np.zeros((4, 3), np.float32)
     ],
     ids=[
         "integer scores",
+        "bool scores, float labels",
+        "integer scores, float labels",
         "list",
         "no labels",
         "complex labels",
         "labels of another rank",
         "(N,) against (N, 1)",
+        "integers (N,) against (N, 1)",
+        "class ids",
         "weight per row",
         "weight enlarges",
         "where per row",
@@ -89,7 +106,6 @@ def test_label_smoothing_goes_toward_one_half(a, traced, rng):
 
 # --- what is given: arrays of numbers ------------------------------------------------------------
 
-IDS = np.array([[2], [0], [1], [2]])
 FEATURES = np.ones((4, 2), np.float32)
 KERNEL = np.ones((2, 3), np.float32)
 
@@ -204,6 +220,80 @@ def test_what_is_required(call, argument):
 @every_call
 def test_a_parameter_is_its_array(argument, value, call):
     assert jax.tree.all(jax.tree.map(np.array_equal, call(Parameter(value)), call(value)))
+
+
+SGD = optax.sgd(0.1)
+PARAMS = {"kernel": KERNEL, "bias": KERNEL[0]}
+
+
+def module():
+    head = jaxbce.nnx.MultiLabelHead(2, 3, prior=0.1, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(head, SGD, wrt=nnx.Param)
+    step = head.update(optimizer, FEATURES, positives=IDS, label_smoothing=0.1)
+    results = head.loss(FEATURES, positives=IDS, where=True), head.top_k(FEATURES, 2)
+    return step, results, head(FEATURES), head.kernel[...]
+
+
+# Calls with numbers in place of arrays, of Python (n = float) and of NumPy, and in chunks.
+WITH_NUMBERS = {
+    "bce_with_logits, options": lambda n: jaxbce.bce_with_logits(
+        X, X, weight=n(2), pos_weight=n(3), label_smoothing=n(0.1), where=True
+    ),
+    "bce_with_logits": lambda n: jaxbce.bce_with_logits(n(1), True, reduction="none"),
+    "bce_with_logits, gradient": lambda n: jax.grad(jaxbce.bce_with_logits)(n(1), 1, weight=n(2)),
+    "bce_with_logits, hessian": lambda n: jax.hessian(jaxbce.bce_with_logits)(
+        n(1), 1, weight=n(2), forward_mode=True
+    ),
+    "BCEWithLogitsLoss": lambda n: jaxbce.BCEWithLogitsLoss(n(2), n(3))(X, X, where=np.True_),
+    "bce": lambda n: jaxbce.bce(n(0.5), 1, weight=n(2), label_smoothing=n(0.1)),
+    "focal_loss": lambda n: jaxbce.focal_loss(X, X, alpha=n(0.3), weight=n(2)),
+    "sigmoid_focal_loss": lambda n: jaxbce.sigmoid_focal_loss(X, X, alpha=n(0.3), gamma=n(1.5)),
+    "asymmetric_loss": lambda n: jaxbce.asymmetric_loss(n(1), 0, weight=n(2)),
+    "sparse_bce_with_logits": lambda n: jaxbce.sparse_bce_with_logits(
+        X, IDS, weight=n(2), pos_weight=2, label_smoothing=n(0.1), where=True
+    ),
+    "softplus": lambda n: jaxbce.softplus(n(1)),
+    "sigmoid": lambda n: jaxbce.sigmoid(2),
+    "log_sigmoid": lambda n: jaxbce.log_sigmoid(True),
+    "linear_bce_with_logits": lambda n: jax.value_and_grad(jaxbce.linear_bce_with_logits)(
+        FEATURES, KERNEL, positives=IDS, where=True, label_smoothing=n(0.1), chunk_size=2
+    ),
+    "linear_loss": lambda n: jaxbce.linear_loss(
+        jnp.multiply, FEATURES, KERNEL, labels=X, where=True, reduction="none", chunk_size=2
+    ),
+    "linear_update": lambda n: jaxbce.linear_update(
+        SGD, FEATURES, PARAMS, SGD.init(PARAMS), positives=IDS, label_smoothing=n(0.1), chunk_size=2
+    ),
+    "linear_top_k": lambda n: jaxbce.linear_top_k(FEATURES, KERNEL, k=1, chunk_size=1),
+    "siglip_loss": lambda n: jax.value_and_grad(jaxbce.siglip_loss)(
+        FEATURES, FEATURES, n(0.5), n(-1), chunk_size=2
+    ),
+    "balanced_pos_weight": lambda n: jaxbce.balanced_pos_weight(X, where=True, max_weight=n(2)),
+    "prior_bias": lambda n: jaxbce.prior_bias(positives=IDS, num_labels=3, where=True),
+    "multi_hot": lambda n: jaxbce.multi_hot(IDS, np.int64(3), dtype=bool),
+    "positives_from_multi_hot": lambda n: jaxbce.positives_from_multi_hot(X),
+    "checked": lambda n: jaxbce.checked(jaxbce.bce_with_logits)(X, X, weight=n(2)),
+    "MultiLabelHead": lambda n: module(),
+}
+
+
+def assert_same_without_jit(call):
+    expected = call()
+    with jax.disable_jit():
+        got = call()
+    assert jax.tree.map(jnp.result_type, got) == jax.tree.map(jnp.result_type, expected)
+    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@every_call
+def test_without_jit(argument, value, call):
+    assert_same_without_jit(lambda: call(value))
+
+
+@pytest.mark.parametrize("number", [float, np.float32], ids=["Python", "NumPy"])
+@pytest.mark.parametrize("call", WITH_NUMBERS.values(), ids=list(WITH_NUMBERS))
+def test_without_jit_of_numbers(call, number):
+    assert_same_without_jit(lambda: call(number))
 
 
 @every_call
@@ -355,6 +445,16 @@ def test_clip_none_says_what_turns_it_off():
             r"labels must have shape .* pass labels.T",
         ),
         (
+            lambda: jaxbce.linear_bce_with_logits(FEATURES, KERNEL, labels=IDS[:, 0]),
+            ValueError,
+            r"labels must have shape .* got \(4,\); class ids are positives=labels\[..., None\]",
+        ),
+        (
+            lambda: jaxbce.linear_bce_with_logits(FEATURES, KERNEL.T, positives=IDS),
+            ValueError,
+            r"kernel must have shape .* got \(3, 2\); a \(labels, width\) kernel is kernel.T",
+        ),
+        (
             lambda: jaxbce.linear_bce_with_logits(FEATURES, KERNEL, positives=IDS, weight=2.0),
             ValueError,
             r"weight must have shape .* use jax.numpy.broadcast_to\(weight, \(4,\)\)",
@@ -383,6 +483,8 @@ def test_clip_none_says_what_turns_it_off():
         "complex dtype",
         "fewer texts",
         "transposed labels",
+        "class ids to the head",
+        "transposed kernel",
         "one weight for all rows",
         "weight of more axes",
         "no smoothing",
@@ -401,13 +503,46 @@ def test_siglip_loss_asks_for_one_number(argument):
         jaxbce.siglip_loss(FEATURES, FEATURES, **options)
 
 
-def test_one_id_a_row_is_an_axis():
-    for call in (
-        lambda ids: jaxbce.sparse_bce_with_logits(X, ids),
-        lambda ids: jaxbce.linear_bce_with_logits(FEATURES, KERNEL, positives=ids),
+ROWS_OF_IDS = {
+    "sparse_bce_with_logits": lambda ids: jaxbce.sparse_bce_with_logits(X, ids),
+    "linear_bce_with_logits": lambda ids: jaxbce.linear_bce_with_logits(
+        FEATURES, KERNEL, positives=ids
+    ),
+    "siglip_loss": lambda ids: jaxbce.siglip_loss(FEATURES, FEATURES, 0.0, 0.0, positives=ids),
+    "prior_bias": lambda ids: jaxbce.prior_bias(positives=IDS, ignored=ids, num_labels=3),
+}
+
+
+@pytest.mark.parametrize("call", ROWS_OF_IDS.values(), ids=list(ROWS_OF_IDS))
+@pytest.mark.parametrize(
+    ("ids", "remedy"),
+    [
+        (IDS[:, 0], r"one id per row is (positives|ignored)\[..., None\]"),
+        (IDS[:3], "each row of .* has a row of ids, padded with -1"),
+        (IDS.T, "each row of .* has a row of ids, padded with -1"),
+        (IDS[None], "each row of .* has a row of ids, padded with -1"),
+    ],
+    ids=["one id a row", "other rows", "transposed", "more axes"],
+)
+def test_rows_of_ids(call, ids, remedy):
+    with pytest.raises(
+        ValueError, match=r"(positives|ignored) \(\d.*\) and .* \(4, .\); " + remedy
     ):
-        with pytest.raises(ValueError, match=r"positives \(4,\).*positives\[:, None\]"):
-            call(IDS[:, 0])
+        call(ids)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: jaxbce.multi_hot(IDS, None),
+        lambda: jaxbce.balanced_pos_weight(positives=IDS),
+        lambda: jaxbce.prior_bias(positives=IDS),
+    ],
+    ids=["multi_hot", "balanced_pos_weight", "prior_bias"],
+)
+def test_positives_need_a_number_of_labels(call):
+    with pytest.raises(ValueError, match=r"num_labels must be given .* pass .*logits.shape\[-1\]"):
+        call()
 
 
 # --- checked -----------------------------------------------------------------------------------
@@ -547,6 +682,27 @@ def test_checked_traced_label_smoothing():
     smoothed = functools.partial(jaxbce.bce_with_logits, X, X)
     with pytest.raises(ValueError, match=r"label_smoothing must be in .* got 1\.5"):
         jaxbce.checked(lambda a: smoothed(label_smoothing=a))(jnp.float32(1.5))
+
+
+@pytest.mark.parametrize("bad", [-1.0, np.nan], ids=str)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda q, keep: jaxbce.bce_with_logits(X, X, pos_weight=q, where=keep),
+        lambda q, keep: jaxbce.bce_with_logits(X, X, pos_weight=q, weight=keep.astype(np.float32)),
+        lambda q, keep: jax.grad(jaxbce.bce_with_logits)(X, X, pos_weight=q, where=keep),
+        lambda q, keep: jaxbce.sigmoid_binary_cross_entropy(X, X, pos_weight=q, where=keep),
+        lambda q, keep: jaxbce.sparse_bce_with_logits(X, IDS, pos_weight=q, where=keep),
+        lambda q, keep: jaxbce.BCEWithLogitsLoss(pos_weight=np.array(q))(X, X, where=keep),
+    ],
+    ids=["where", "weight", "gradient", "unreduced", "sparse", "object"],
+)
+def test_checked_refuses_a_negative_pos_weight(call, bad):
+    """An infinite one is right where a label is 0."""
+    for q in (np.float32([0, np.inf, 1]), np.float32([0, 1, bad])):
+        jaxbce.checked(lambda q=q: call(q, np.array([True, True, False])))()
+    with pytest.raises(ValueError, match=f"pos_weight must be at least 0, got {bad}"):
+        jaxbce.checked(lambda: call(np.float32([0, 1, bad]), np.ones(3, bool)))()
 
 
 def test_checked_on_an_empty_array():

@@ -189,12 +189,27 @@ def _():
     yield jax.grad(published_asymmetric)(X, False), jax.grad(ours)(X)
 
 
+IDS = Y.argmax(axis=-1)
+SMOOTHED_IDS = jax.nn.one_hot(IDS, LABELS) * 0.9 + 0.1 / LABELS
+
+
+def timm_bce(x, target, smoothing, smooth_dense=False):
+    """As timm 1.0.31 has it, in jnp: class ids are smoothed toward 1 / K, dense labels not."""
+    if target.shape != x.shape:
+        low = smoothing / x.shape[-1]
+        at = np.arange(x.shape[-1]) == target[:, None]
+        target = np.where(at, 1.0 - smoothing + low, low).astype(np.float32)
+    elif smooth_dense:
+        target = target * np.float32(1.0 - smoothing) + np.float32(0.5 * smoothing)
+    return optax.sigmoid_binary_cross_entropy(x, target).mean()
+
+
 @row("timm BinaryCrossEntropy")
 def _():
-    """Smoothing a moves a label to a / K where it is 0, and 1 - a + a / K where it is 1."""
-    smoothed = Y * np.float32(0.9) + np.float32(0.1 / LABELS)
-    by_hand = optax.sigmoid_binary_cross_entropy(X, smoothed).mean()
-    yield by_hand, jaxbce.bce_with_logits(X, smoothed)
+    yield timm_bce(X, IDS, 0.1), jaxbce.bce_with_logits(X, SMOOTHED_IDS)
+    yield timm_bce(X, Y, 0.1), jaxbce.bce_with_logits(X, Y)
+    theirs = timm_bce(X, Y, 0.1, smooth_dense=True)
+    yield theirs, jaxbce.bce_with_logits(X, Y, label_smoothing=0.1)
 
 
 @row("timm, as installed")
@@ -203,9 +218,9 @@ def _():
     torch, x, y = torch_of(X, Y)
     theirs = losses.AsymmetricLossMultiLabel(disable_torch_grad_focal_loss=False)
     yield theirs(x, y), jaxbce.asymmetric_loss(X, Y, reduction="batchmean")
-    smoothed = Y * np.float32(0.9) + np.float32(0.1 / LABELS)
-    theirs = losses.BinaryCrossEntropy(smoothing=0.0)(x, torch.tensor(smoothed))
-    yield theirs, jaxbce.bce_with_logits(X, smoothed)
+    for target, options in ((IDS, {}), (Y, {}), (Y, {"smooth_dense": True})):
+        theirs = losses.BinaryCrossEntropy(smoothing=0.1, **options)(x, torch.tensor(target))
+        yield theirs, timm_bce(X, target, 0.1, **options)
     theirs = losses.BinaryCrossEntropy(smoothing=0.0, sum_classes=True)(x, y)
     yield theirs, jaxbce.bce_with_logits(X, Y, reduction="batchmean")
 

@@ -1,5 +1,6 @@
 """`jaxbce.nnx.MultiLabelHead`: a linear layer whose loss and top labels hold no logits."""
 
+import functools
 import inspect
 
 import jax
@@ -120,19 +121,40 @@ def test_train_step():
     assert all(label in row for (label,), row in zip(best, POSITIVES, strict=True))
 
 
-@pytest.mark.parametrize(
-    "prior",
-    [0.01, np.linspace(1e-6, 0.9, LABELS)],
-    ids=["one number", "per label"],
-)
+RATES = np.linspace(1e-6, 0.9, LABELS)
+PRIORS = {
+    "one number": 0.01,
+    "list": RATES.tolist(),
+    "on the host": RATES,
+    "on a device": jnp.asarray(RATES),
+    "Param": nnx.Param(jnp.asarray(RATES)),
+    "from counts": jax.nn.sigmoid(jaxbce.prior_bias(positives=POSITIVES, num_labels=LABELS)),
+}
+
+
+@pytest.mark.parametrize("prior", PRIORS.values(), ids=list(PRIORS))
 def test_zero_features_predict_the_prior(prior):
-    logits = make(prior=prior)(jnp.zeros((1, WIDTH)))
-    np.testing.assert_allclose(jax.nn.sigmoid(logits)[0], np.full(LABELS, prior), rtol=1e-5)
+    """Wherever the head is made."""
+    assert nnx.eval_shape(lambda: make(prior=prior)).bias.shape == (LABELS,)
+    for made in (make(prior=prior), nnx.jit(lambda: make(prior=prior))()):
+        rates = jax.nn.sigmoid(made(jnp.zeros((1, WIDTH))))[0]
+        np.testing.assert_allclose(rates, np.full(LABELS, np.asarray(prior)), rtol=1e-5)
 
 
-def test_prior_from_counts():
-    bias = jaxbce.prior_bias(positives=POSITIVES, num_labels=LABELS)
-    np.testing.assert_allclose(make(prior=jax.nn.sigmoid(bias)).bias[...], bias, rtol=1e-5)
+@pytest.mark.parametrize(
+    "where",
+    [nnx.jit, lambda fn: functools.partial(nnx.eval_shape, fn)],
+    ids=["jit", "eval_shape"],
+)
+@pytest.mark.parametrize("prior", [1.0, RATES - 1, jnp.ones(LABELS)], ids=["1", "host", "device"])
+def test_a_known_prior_is_checked_where_the_head_is_traced(prior, where):
+    with pytest.raises(ValueError, match=r"prior must be in \(0, 1\), got"):
+        where(lambda: make(prior=prior))()
+
+
+def test_a_traced_prior_is_not_checked():
+    bias = nnx.jit(lambda rate: make(prior=rate).bias[...])(jnp.float32(1.0))
+    assert np.isinf(bias).all()
 
 
 def test_without_bias():
@@ -298,3 +320,84 @@ def test_update_refuses_a_wrt_of_nothing_without_a_state():
     nothing = nnx.Optimizer(head, optax.sgd(0.1), wrt=nnx.BatchStat)
     with pytest.raises(ValueError, match=r"whose wrt selects \[\] of the head"):
         head.update(nothing, features(), positives=POSITIVES)
+
+
+# --- on a mesh -----------------------------------------------------------------------------------
+
+EXPLICIT, AUTO = jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto
+BOTH = ("batch", "labels")
+ON_MESHES = {
+    "automatic": ((AUTO, AUTO), "labels"),
+    "automatic, two axes": ((AUTO, AUTO), BOTH),
+    "explicit": ((EXPLICIT, EXPLICIT), "labels"),
+    "explicit, two axes": ((EXPLICIT, EXPLICIT), BOTH),
+    "mixed": ((AUTO, EXPLICIT), "labels"),
+}
+
+
+def on_meshes(*names):
+    cases = [ON_MESHES[name] for name in names]
+    return pytest.mark.parametrize(("kinds", "axis"), cases, ids=names)
+
+
+def made_on(kinds, axis):
+    """A head and its optimizer, on eight devices."""
+    mesh = jax.make_mesh((4, 2), BOTH, kinds)
+    head = MultiLabelHead(WIDTH, 40, mesh=mesh, label_axis=axis, rngs=nnx.Rngs(0))
+    return head, nnx.Optimizer(head, optax.adam(0.1), wrt=nnx.Param)
+
+
+def assert_sharded(state, axis):
+    """Every array of a size that follows the labels."""
+    own = 20 if axis == "labels" else 5
+    leaves = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+    shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in leaves]
+    assert shapes == [(*leaf.shape[:-1], own) for leaf in leaves]
+
+
+@on_meshes(*ON_MESHES)
+def test_parameters_and_moments_say_how_they_are_sharded(kinds, axis):
+    head, optimizer = made_on(kinds, axis)
+    for state in (nnx.state(head), nnx.state(optimizer)["opt_state"][0]["mu"]):
+        assert jax.tree.leaves(nnx.get_partition_spec(state)) == [
+            jax.sharding.PartitionSpec(axis),
+            jax.sharding.PartitionSpec(None, axis),
+        ]
+
+
+def test_without_a_mesh_parameters_say_nothing():
+    specs = jax.tree.leaves(nnx.get_partition_spec(nnx.state(make())))
+    assert specs == [jax.sharding.PartitionSpec()] * 2
+
+
+# On mixed axes `jax.lax.with_sharding_constraint` refuses the explicit ones.
+@on_meshes(*[name for name in ON_MESHES if name != "mixed"])
+def test_creation_by_the_recipe_of_flax(kinds, axis):
+    @nnx.jit
+    def create():
+        head, optimizer = made_on(kinds, axis)
+        state = nnx.state((head, optimizer))
+        specs = nnx.get_partition_spec(state)
+        nnx.update((head, optimizer), jax.lax.with_sharding_constraint(state, specs))
+        return head, optimizer
+
+    with jax.set_mesh(jax.make_mesh((4, 2), BOTH, kinds)):
+        assert_sharded(nnx.state(create()), axis)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["Optimizer.update", "head.update"])
+@pytest.mark.parametrize("creation", [lambda fn: fn, nnx.jit], ids=["eager", "nnx.jit"])
+@on_meshes(*ON_MESHES)
+@jax.numpy_dtype_promotion("standard")
+def test_after_a_step_moments_are_sharded_as_their_parameters(kinds, axis, creation, own):
+    @nnx.jit
+    def step(head, optimizer):
+        if own:
+            head.update(optimizer, features(), positives=POSITIVES)
+        else:
+            grads = nnx.grad(lambda head: head.loss(features(), positives=POSITIVES))(head)
+            optimizer.update(head, grads)
+
+    head, optimizer = creation(lambda: made_on(kinds, axis))()
+    step(head, optimizer)
+    assert_sharded(nnx.state((head, optimizer)), axis)

@@ -463,7 +463,10 @@ def test_errors_inside_a_shard_map(axis_names, shape, message, mesh, rng):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_axis": "model", "label_axis": "data"}, "label_axis 'data' has 2 .* the size 23"),
+        (
+            {"batch_axis": "model", "label_axis": "data"},
+            "label_axis 'data' has 2 .* the size 23 .* pad to 24, the next",
+        ),
         ({"batch_axis": "seven"}, "batch_axis must be an axis of the mesh, one of data, model"),
         ({}, "mesh and batch_axis or label_axis go together"),
         ({"mesh": None, "batch_axis": "data"}, "mesh and batch_axis or label_axis go together"),
@@ -479,7 +482,10 @@ def test_errors_inside_a_shard_map(axis_names, shape, message, mesh, rng):
             {"label_axis": ("model", "seven")},
             r"label_axis must be an axis of the mesh, .* or a tuple of them, got .*'seven'",
         ),
-        ({"label_axis": ("data", "model")}, r"label_axis \('data', 'model'\) has 8 .* the size 23"),
+        (
+            {"label_axis": ("data", "model")},
+            r"label_axis \('data', 'model'\) has 8 .* the size 23 .* pad to 24, the next",
+        ),
     ],
     ids=[
         "does not divide",
@@ -505,7 +511,7 @@ def test_errors_name_the_axis(options, message, mesh):
 @pytest.mark.parametrize(
     ("axis", "message"),
     [
-        ("model", "axis 'model' has 4 .* the size 6"),
+        ("model", "axis 'model' has 4 .* the size 6 .* pad to 8, the next"),
         (("data", "model"), r"axis \('data', 'model'\) has 8 .* the size 6"),
         (("data", "data"), "axis must be different axes of the mesh, got 'data' twice"),
     ],

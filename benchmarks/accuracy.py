@@ -19,6 +19,7 @@ import sys
 
 import contenders
 import jax
+import made
 import numpy as np
 
 import jaxbce
@@ -136,6 +137,7 @@ def main():
         state["blocks"] += 1
         args.state.write_text(json.dumps(states, indent=1))
         print(f"\rblock {state['blocks']} of {blocks}", end="", file=sys.stderr, flush=True)
+    print("made at", made.made("optax"))
     print_table(state["worst"], blocks * BLOCK)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import contenders
 import jax
+import made
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
@@ -385,7 +386,8 @@ def main() -> None:
                 print(f"{backend:16}{'derived':12}" + "".join(f"{e:12.3g}" for e in bounds))
             print(f"{backend:16}{contender:12}" + "".join(f"{e:12.3g}" for e in errors), flush=True)
     if args.json:
-        pathlib.Path(args.json).write_text(json.dumps(rows, indent=1))
+        results = {"made": made.made("optax"), "rows": rows}
+        pathlib.Path(args.json).write_text(json.dumps(results, indent=1))
     if args.picture:
         draw(rows, args.picture)
 

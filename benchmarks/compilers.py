@@ -29,6 +29,7 @@ os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
 import contenders
 import jax
 import jax.numpy as jnp
+import made
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -121,25 +122,27 @@ def transcendentals(hlo: str) -> int:
     return sum(elements(m[2]) for m in matches if m[3] in TRANSCENDENTAL)
 
 
-def compile_one(target: str, contender: str, case: str, dtype: str, batch: int, labels: int):
-    """One row of the table."""
+def compile_one(
+    target: str, contender: str, case: str, dtypes: tuple[str, str], batch: int, labels: int
+):
+    """One row of the table; the dtypes are those of logits and labels."""
     topology = topologies.get_topology_desc(**TARGETS[target])
     one_device = NamedSharding(Mesh(np.array(topology.devices[:1]), ("d",)), PartitionSpec())
 
     def argument(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=one_device)
 
-    logits = argument((batch, labels), jnp.dtype(dtype))
+    logits, truth = (argument((batch, labels), jnp.dtype(dtype)) for dtype in dtypes)
     options = {
         name: argument(shape, jnp.bool_ if name == "where" else jnp.float32)
         for name, shape in CASES[case](batch, labels).items()
     }
     step = jax.jit(jax.value_and_grad(CONTENDERS[contender]))
-    compiled = step.lower(logits, logits, options).compile()
+    compiled = step.lower(logits, truth, options).compile()
 
     hlo = compiled.as_text()
     moved = compiled.cost_analysis()["bytes accessed"] if target == "tpu" else traffic(hlo)
-    arrays = [logits, logits, *options.values()]
+    arrays = [logits, truth, *options.values()]
     once = (
         sum(array.size * array.dtype.itemsize for array in arrays)
         + logits.size * logits.dtype.itemsize
@@ -150,7 +153,7 @@ def compile_one(target: str, contender: str, case: str, dtype: str, batch: int, 
         "target": target,
         "contender": contender,
         "case": case,
-        "dtype": dtype,
+        "dtype": dtypes[0],
         "bytes / once": moved / once,
         "bytes / bound": moved / (once + again),
         "temporary / logits": compiled.memory_analysis().temp_size_in_bytes
@@ -165,6 +168,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--labels", help="their dtype; by default that of the logits")
     parser.add_argument("--shape", nargs=2, type=int, default=[16384, 1024])
     parser.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
@@ -177,7 +181,8 @@ def main() -> None:
             for contender in args.contenders:
                 if contender in WITHOUT_POS_WEIGHT and "pos_weight" in CASES[case](*args.shape):
                     continue
-                row = compile_one(args.target, contender, case, dtype, *args.shape)
+                dtypes = (dtype, args.labels or dtype)
+                row = compile_one(args.target, contender, case, dtypes, *args.shape)
                 rows.append(row)
                 print(
                     f"{dtype:9} {case:14}{contender:14}{row['bytes / once']:11.3f}"
@@ -187,7 +192,7 @@ def main() -> None:
                 )
     if args.json:
         with open(args.json, "w") as file:
-            json.dump(rows, file, indent=1)
+            json.dump({"made": made.made("optax"), "rows": rows}, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ pages; the textbook, which writes no array of losses, is then still the faster.
 
 import argparse
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -50,6 +49,7 @@ os.environ["KERAS_BACKEND"] = "jax"
 import contenders
 import jax
 import jax.numpy as jnp
+import made
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
@@ -257,15 +257,13 @@ def plot(rows, path):
 
 def machine(torch):
     """What a reader needs to compare figures."""
-    names = [name for name in ("jax", "jaxlib", "optax", "keras") if importlib.util.find_spec(name)]
-    versions = {name: importlib.metadata.version(name) for name in names}
-    if torch:
-        versions["torch"] = torch.version
+    names = [name for name in ("optax", "keras") if importlib.util.find_spec(name)]
+    versions = made.made(*names) | ({"torch": torch.version} if torch else {})
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(": ")[1] for line in lines if line.startswith("model name")]
     model = models[0] if models else platform.processor()
-    return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version()} | versions
+    return {"cpu": model, "cores": os.cpu_count()} | versions
 
 
 def main():
@@ -279,8 +277,8 @@ def main():
     torch = Torch(args.torch) if has_torch.returncode == 0 else None
     if not torch:
         print("PyTorch: not installed; name an interpreter that has it with --torch")
-    results = {"machine": machine(torch)}
-    print(results["machine"])
+    results = {"made": machine(torch)}
+    print(results["made"])
     results["steps"] = measure_steps(torch, args.scale)
     print_ratios(results["steps"])
     print_temporaries(results["steps"])

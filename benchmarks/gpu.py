@@ -17,6 +17,7 @@ import contenders
 import head
 import jax
 import jax.numpy as jnp
+import made
 import numpy as np
 import optax
 
@@ -105,7 +106,8 @@ def main() -> None:
     rows = losses(*((64, 128) if args.small else (16384, 1024)))
     rows += pairs_and_head(*((32, 16, 512) if args.small else (1024, 768, 2**18)))
     if args.json:
-        figures = {"device": device.device_kind, "errors": errors, "rows": rows}
+        figures = {"made": made.made("optax"), "device": device.device_kind}
+        figures |= {"errors": errors, "rows": rows}
         pathlib.Path(args.json).write_text(json.dumps(figures, indent=1))
     if args.picture:
         draw(rows, device.device_kind, args.picture)

@@ -25,6 +25,7 @@ import compilers  # which also tells JAX and libtpu that no device is here
 import head
 import jax
 import jax.numpy as jnp
+import made
 import numpy as np
 import optax
 from jax.experimental import topologies
@@ -177,7 +178,7 @@ def compile_tpu():
 def compile_h100():
     devices = topologies.get_topology_desc(**compilers.TARGETS["h100"]).devices
     chip = Mesh(np.array(devices[:1]).reshape(1, 1), ("data", "model"))
-    return {"jax": jax.__version__, "rows": steps_on(chip, ["update"])}
+    return steps_on(chip, ["update"])
 
 
 def find_limits():
@@ -250,14 +251,13 @@ def draw(results):
 
 def main():
     parts = sys.argv[1:] or ["cpu", "tpu", "limits", "plot"]
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    measures = {"cpu": measure_cpu, "tpu": compile_tpu, "limits": find_limits}
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"made": {}}
+    measures = {"cpu": measure_cpu, "tpu": compile_tpu, "limits": find_limits, "h100": compile_h100}
     for name, measure in measures.items():
         if name in parts:
-            results |= {"jax": jax.__version__, name: measure()}
+            results[name] = measure()
+            results["made"][name] = made.made("optax")
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    if "h100" in parts:  # it says its own version: CUDA wheels come later than the others
-        RESULTS.write_text(json.dumps(results | {"h100": compile_h100()}, indent=1) + "\n")
     if "plot" in parts:
         draw(results)
 

@@ -112,8 +112,9 @@ def log(x: jax.Array) -> jax.Array:
 def corrected_quotient(n: jax.Array, d: jax.Array) -> jax.Array:
     q = n / d
     # The residual is small and nearly exact, so that what is left is the rounding of the sum.
-    better = q + (n - q * d) / d
-    return jnp.where(jnp.isfinite(better), better, q)
+    correction = (n - q * d) / d
+    # A sum that is tested, and so read twice, XLA on a GPU may write to memory.
+    return q + jnp.where(jnp.isfinite(correction), correction, 0)
 
 
 def quotient(n: jax.Array, d: jax.Array) -> jax.Array:

@@ -1,4 +1,7 @@
-"""What the TPU compiler makes of losses and head: it needs `pip install "jax[tpu]"` but no TPU."""
+"""What the compilers of a TPU and an H100 make of losses and head: none needs its chip.
+
+Each needs its package: `pip install "jax[tpu]"`, which CI has, and `pip install "jax[cuda12]"`.
+"""
 
 import importlib.util
 import itertools
@@ -14,22 +17,38 @@ BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 CASES = ["plain", "pos_weight", "weight", "where", "where per row"]
 LOSSES = ["jaxbce", "focal", "asymmetric"]
 VARIANTS = ["jaxbce, weighted_mean", "jaxbce, axis"]
-# contenders, dtype, cases: each is a run of the benchmark
-RUNS = [
-    (LOSSES, "float32", CASES),
-    (LOSSES, "bfloat16", CASES),
-    (VARIANTS, "float32", ["weight", "where"]),
+SMALL, LARGE, WIDE = (8192, 1024), (16384, 1024), (256, 131072)
+# target, contenders, dtypes of logits and labels, cases, shape: each is a run of the benchmark.
+# What XLA fuses for an H100 depends on the sizes and on the dtype of the labels.
+RUNS = {
+    "libtpu": [
+        ("tpu", LOSSES, "float32", "float32", CASES, SMALL),
+        ("tpu", LOSSES, "bfloat16", "bfloat16", CASES, SMALL),
+        ("tpu", VARIANTS, "float32", "float32", ["weight", "where"], SMALL),
+    ],
+    "jax_cuda12_plugin": [
+        ("h100", LOSSES, "float32", "float32", CASES, LARGE),
+        ("h100", LOSSES, "bfloat16", "bfloat16", CASES, LARGE),
+        ("h100", VARIANTS, "bfloat16", "bfloat16", ["weight", "where"], LARGE),
+        ("h100", LOSSES, "bfloat16", "bool", ["where", "where per row"], WIDE),
+    ],
+}
+INSTALLED = [
+    run for package, runs in RUNS.items() if importlib.util.find_spec(package) for run in runs
 ]
 ROWS = [
-    (contender, dtype, case)
-    for contenders, dtype, cases in RUNS
+    (target, contender, logits, labels, case)
+    for target, contenders, logits, labels, cases, _ in INSTALLED
     for contender in contenders
     for case in cases
     if contender == "jaxbce" or case != "pos_weight"
 ]
 
 # The platform is chosen before jax is imported: each compiles in a fresh process.
-pytestmark = pytest.mark.skipif(
+needs_a_compiler = pytest.mark.skipif(
+    not INSTALLED, reason='no compiler is installed: pip install "jax[tpu]"'
+)
+needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason='the TPU compiler is not installed: pip install "jax[tpu]"',
 )
@@ -37,29 +56,32 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """Rows by (contender, dtype, case)."""
+    """Rows by (target, contender, dtypes of logits and labels, case)."""
 
     def rows(run):
-        contenders, dtype, cases = run
+        target, contenders, logits, labels, cases, shape = run
         output = tmp_path_factory.mktemp("compilers") / "rows.json"
-        options = ["--contenders", *contenders, "--dtypes", dtype, "--cases", *cases]
-        options += ["--shape", "8192", "1024", "--json", output]
+        options = ["--target", target, "--contenders", *contenders, "--cases", *cases]
+        options += ["--dtypes", logits, "--labels", labels, "--shape", *map(str, shape)]
+        options += ["--json", output]
         command = [sys.executable, BENCHMARKS / "compilers.py", *options]
         subprocess.run(command, check=True, timeout=1500)
-        return json.loads(output.read_text())
+        found = json.loads(output.read_text())["rows"]
+        return {(target, row["contender"], logits, labels, row["case"]): row for row in found}
 
     with ThreadPoolExecutor(2) as pool:
-        found = itertools.chain.from_iterable(pool.map(rows, RUNS))
-        return {(row["contender"], row["dtype"], row["case"]): row for row in found}
+        return dict(itertools.chain.from_iterable(map(dict.items, pool.map(rows, INSTALLED))))
 
 
+@needs_a_compiler
 @pytest.mark.parametrize("row", ROWS, ids="-".join)
 def test_inputs_are_read_once_and_the_gradient_is_written_once(compiled, row):
     assert compiled[row]["bytes / bound"] <= 1.02
     assert compiled[row]["temporary / logits"] <= 0.01
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row[0] == "jaxbce"], ids="-".join)
+@needs_a_compiler
+@pytest.mark.parametrize("row", [row for row in ROWS if row[1] == "jaxbce"], ids="-".join)
 def test_one_exponential_serves_the_loss_and_the_gradient(compiled, row):
     assert compiled[row]["transcendentals"] == 1
 
@@ -70,6 +92,7 @@ def run_in_benchmarks(code):
     return run.stdout
 
 
+@needs_libtpu
 @pytest.mark.parametrize(
     "size",
     [
@@ -89,6 +112,7 @@ def test_the_chunked_head_fits(size):
     assert 0 < int(run_in_benchmarks(f"head_scaling.{size}")) < 0.3e9
 
 
+@needs_libtpu
 def test_a_chip_holds_no_more_on_a_larger_ring():
     """Nor gathers it anything, which the benchmark asserts."""
     sizes = run_in_benchmarks(
@@ -99,6 +123,7 @@ def test_a_chip_holds_no_more_on_a_larger_ring():
     assert first < 0.15e9
 
 
+@needs_libtpu
 def test_the_dense_head_does_not():
     output = run_in_benchmarks("head_scaling.one_chip(head.dense, 2**21)")
     assert "RESOURCE_EXHAUSTED" in output

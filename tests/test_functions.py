@@ -6,6 +6,7 @@ import mpmath
 import numpy as np
 import oracle
 import pytest
+from jax.experimental import pallas as pl
 from oracle import EPS
 
 import jaxbce
@@ -99,3 +100,22 @@ def test_float64_integers_and_shapes(name):
     with jax.enable_x64(True):
         x = np.linspace(-40, 40, 101)
         np.testing.assert_allclose(fn(x), values(name, x)[0], rtol=1e-15)
+
+
+@pytest.mark.parametrize("transformation", [lambda fn: fn, jax.grad], ids=["value", "gradient"])
+@pytest.mark.parametrize("name", ["softplus", "sigmoid_binary_cross_entropy"])
+def test_in_an_interpreted_pallas_kernel(name, transformation, rng):
+    function = getattr(jaxbce, name)
+    count = 1 if name == "softplus" else 2
+    scores, labels = jnp.float32(rng.uniform(-9, 9, (8, 128))), jnp.float32(rng.random((8, 128)))
+    arrays = (scores, labels)[:count]
+
+    def fn(*arrays):
+        return transformation(lambda x: function(x, *arrays[1:]).sum())(arrays[0])
+
+    def kernel(*refs):
+        refs[-1][...] = jnp.broadcast_to(fn(*(ref[...] for ref in refs[:-1])), (8, 128))
+
+    like = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+    inside = pl.pallas_call(kernel, out_shape=like, interpret=True)(*arrays)
+    np.testing.assert_allclose(inside, np.broadcast_to(fn(*arrays), (8, 128)), rtol=1e-6)

@@ -58,7 +58,7 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(fn)
     def with_checks(*args: P.args, **kwargs: P.kwargs) -> R:
-        if _value_checks.value:
+        if values_are_checked():
             return fn(*args, **kwargs)
         # A copy: an NNX module would be left without its parameters where tracing it fails.
         args, kwargs = jax.tree.map(lambda leaf: leaf, (args, kwargs))
@@ -295,9 +295,14 @@ def check_one_of(name: str, **arguments: Any) -> None:
         )
 
 
+def values_are_checked() -> bool:
+    """Whether this is traced under `checked`."""
+    return bool(_value_checks.value)
+
+
 def check_values(name: str, argument: str, values: jax.Array, ok: jax.Array, rule: str) -> None:
     """Under `checked`, `ok` must hold for every element of `values`."""
-    if not _value_checks.value or not values.size:
+    if not values_are_checked() or not values.size:
         return
     offending = jnp.ravel(values)[jnp.argmin(jnp.broadcast_to(ok, values.shape))]
     message = f"{name}: {argument} must be {rule}, got {{value}}"

@@ -184,11 +184,15 @@ def prepare(
         scale=_scale(weight, kept, lead, num_labels, dtype, reduction),
         weightless=None if weight is None else weight == 0,
     )
-    if labels is not None and loss is _linear.bce:  # a loss of the user's may take any
+    if loss is _linear.bce and _checks.values_are_checked():  # a user's own may take any
         mask = _linear.chunk_mask(operands, 0, 0, num_labels)
         if counted is not None:
             mask = counted[:, None] if mask is None else mask & counted[:, None]
-        _checks.check_unit_interval(name, "labels", labels.astype(dtype), mask)
+        for array in numbers:
+            some_row = None if mask is None else jnp.any(mask, axis=0)
+            _checks.check_not_negative(name, "pos_weight", array, some_row)
+        if labels is not None:
+            _checks.check_unit_interval(name, "labels", labels.astype(dtype), mask)
     return lead, _placement.vary_together(operands), weight
 
 

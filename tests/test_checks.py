@@ -684,6 +684,18 @@ def test_checked_traced_label_smoothing():
         jaxbce.checked(lambda a: smoothed(label_smoothing=a))(jnp.float32(1.5))
 
 
+def of_head(q, **options):
+    layer = jnp.ones((1, 2)), jnp.ones((2, 3))
+    return jaxbce.linear_bce_with_logits(*layer, positives=IDS[:1], pos_weight=q, **options)
+
+
+def of_step(q, **options):
+    optimizer, params = optax.sgd(0.1), {"kernel": jnp.ones((2, 3))}
+    state = optimizer.init(params)
+    options = options | {"positives": IDS[:1], "pos_weight": q}
+    return jaxbce.linear_update(optimizer, jnp.ones((1, 2)), params, state, **options).loss
+
+
 @pytest.mark.parametrize("bad", [-1.0, np.nan], ids=str)
 @pytest.mark.parametrize(
     "call",
@@ -694,8 +706,15 @@ def test_checked_traced_label_smoothing():
         lambda q, keep: jaxbce.sigmoid_binary_cross_entropy(X, X, pos_weight=q, where=keep),
         lambda q, keep: jaxbce.sparse_bce_with_logits(X, IDS, pos_weight=q, where=keep),
         lambda q, keep: jaxbce.BCEWithLogitsLoss(pos_weight=np.array(q))(X, X, where=keep),
+        lambda q, keep: of_head(q, where=keep),
+        lambda q, keep: of_head(q, ignored=jnp.where(keep[2], -1, 2)[None, None]),
+        lambda q, keep: of_head(q, where=keep, reduction="none"),
+        lambda q, keep: of_step(q, where=keep),
     ],
-    ids=["where", "weight", "gradient", "unreduced", "sparse", "object"],
+    ids=[
+        *("where", "weight", "gradient", "unreduced", "sparse", "object"),
+        *("head", "head, ignored", "head, by row", "step"),
+    ],
 )
 def test_checked_refuses_a_negative_pos_weight(call, bad):
     """An infinite one is right where a label is 0."""

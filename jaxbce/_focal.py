@@ -1,5 +1,6 @@
 """Losses for imbalanced labels, focal and asymmetric: kernels and public functions."""
 
+import decimal
 import functools
 import math
 from typing import Any
@@ -306,16 +307,24 @@ def sigmoid_power(k: float) -> _kernels.Kernel:
     return _kernels.with_jvp(value, partials)
 
 
+def kink(clip: float, dtype: Any) -> tuple[float, float]:
+    """Where p = clip, x0 = log(clip / (1 - clip)): as a number of `dtype`, and what that lacks."""
+    # A float64 lacks more than float64 arithmetic can tell.
+    digits, p = decimal.Context(prec=50), decimal.Decimal(clip)
+    x0 = digits.ln(digits.divide(p, digits.subtract(1, p)))
+    rounded = float(np.asarray(float(x0), dtype))
+    return rounded, float(digits.subtract(x0, decimal.Decimal(rounded)))
+
+
 def clipped(x: jax.Array, clip: float) -> tuple[jax.Array, jax.Array]:
-    """m and 1 - m; m to a few ULP also near the kink, at x0 = log(clip / (1 - clip))."""
+    """m and 1 - m; m to a few ULP also near the kink."""
     p, q = _kernels.sigmoid(x), _kernels.sigmoid(-x)
-    x0 = math.log(clip / (1 - clip))
-    rounded = float(np.asarray(x0, x.dtype))
-    # p - clip = clip q (exp(x - x0) - 1), where x - rounded is exact and the rest of x0 follows.
-    beyond = x - rounded
+    x0, rest = kink(clip, x.dtype)
+    # p - clip = clip q (exp(x - x0) - 1), where x - x0 is exact and the rest of x0 follows.
+    beyond = x - x0
     n, d = _kernels.tanh_fraction(jnp.clip(beyond, -1, 1))
     growth = _kernels.quotient(2 * n, d - n)  # exp(beyond) - 1, also near 0
-    growth = growth - (x0 - rounded) * (1 + growth)
+    growth = growth - rest * (1 + growth)
     return jnp.maximum(jnp.where(beyond < 0.6, clip * q * growth, p - clip), 0), q + clip
 
 

@@ -52,11 +52,18 @@ def m_value(x: jax.Array, y: jax.Array) -> jax.Array:
     return _kernels.sigmoid_mix_value(x, 1 - y, -y)
 
 
-def log_m_value(x: jax.Array, y: jax.Array) -> jax.Array:
+def log_m_in_exponent(x: jax.Array, y: jax.Array) -> jax.Array:
+    """log m, of which an exponent needs no relative accuracy where it is near 0."""
     # For a hard label m is p or q, whose logarithm is right also where it underflows.
     hard, of_hard = (y == 0) | (y == 1), -_kernels.bce_with_logits_value(x, 1 - y)
     logarithm = jnp.where(hard, of_hard, _kernels.log(m_value(x, y)))
     return jnp.maximum(logarithm, -float(jnp.finfo(x.dtype).max))  # finite: a term of 0 is left 0
+
+
+def log_m_value(x: jax.Array, y: jax.Array) -> jax.Array:
+    p_t = _kernels.sigmoid_mix_value(x, y, y - 1)
+    near_1 = (y > 0) & (y < 1) & (p_t < 0.5)
+    return jnp.where(near_1, lax.log1p(-p_t, accuracy=_kernels.HIGHEST), log_m_in_exponent(x, y))
 
 
 def log_m_partials(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -88,7 +95,9 @@ def focal_term(k: float, j: int, f: str) -> _kernels.Kernel:
             limit = 1 if f == "c" else 1 - 2 * y
             factor = jnp.where(vanished, limit, _kernels.quotient(factor, m))
         # Finite, with room for coefficients: a tangent of 0 annihilates it, and opposites can meet.
-        power = _kernels.exp(jnp.minimum(exponent * log_m_value(x, y), math.log(info.max) - 7))
+        power = _kernels.exp(
+            jnp.minimum(exponent * log_m_in_exponent(x, y), math.log(info.max) - 7)
+        )
         return annihilate_value(power * lax.integer_pow(ratio, j), factor)
 
     def partials(

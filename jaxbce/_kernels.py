@@ -309,7 +309,7 @@ bce_with_logits = keep_inputs(bce_with_logits_forward)
 
 # loss(p, y) = -y max(log p, -100) - (1 - y) max(log(1 - p), -100)
 #
-# ∂/∂p = (p - y) / max(p (1 - p), 1e-12)      (PyTorch's convention: finite at 0 and 1)
+# ∂/∂p = bce_slope(p, y) = (p - y) / max(p (1 - p), 1e-12)   (PyTorch: finite at 0 and 1)
 # ∂/∂y = -log_odds(p), the difference of the two clamped logarithms
 
 
@@ -336,6 +336,33 @@ def inverse_spread_partials(p: jax.Array) -> tuple[jax.Array]:
 inverse_spread = with_jvp(inverse_spread_value, inverse_spread_partials)
 
 
+def reciprocal_value(p: jax.Array) -> jax.Array:
+    return quotient(jnp.ones_like(p), p)
+
+
+def reciprocal_partials(p: jax.Array) -> tuple[jax.Array]:
+    inverse = reciprocal(p)
+    return (-inverse * inverse,)
+
+
+reciprocal = with_jvp(reciprocal_value, reciprocal_partials)
+
+
+def bce_slope_value(p: jax.Array, y: jax.Array) -> jax.Array:
+    return (p - y) * inverse_spread(p)
+
+
+def bce_slope_partials(p: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # The product rule would subtract two large numbers where p is near a hard label.
+    inside = p * (1 - p) > 1e-12
+    of_zero, of_one = (reciprocal(jnp.where(inside, each, 1)) for each in (1 - p, p))
+    curvature = (1 - y) * of_zero * of_zero + y * of_one * of_one
+    return jnp.where(inside, curvature, 1e12), -inverse_spread(p)
+
+
+bce_slope = with_jvp(bce_slope_value, bce_slope_partials)
+
+
 def log_odds_value(p: jax.Array) -> jax.Array:
     return clamped_log(p) - clamped_log1m(p)
 
@@ -352,7 +379,7 @@ def bce_value(p: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def bce_partials(p: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return (p - y) * inverse_spread(p), -log_odds(p)
+    return bce_slope(p, y), -log_odds(p)
 
 
 bce = keep_inputs(with_jvp(bce_value, bce_partials))

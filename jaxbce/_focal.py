@@ -334,7 +334,8 @@ def clipped(x: jax.Array, clip: float) -> tuple[jax.Array, jax.Array]:
     n, d = _kernels.tanh_fraction(jnp.clip(beyond, -1, 1))
     growth = _kernels.quotient(2 * n, d - n)  # exp(beyond) - 1, also near 0
     growth = growth - rest * (1 + growth)
-    return jnp.maximum(jnp.where(beyond < 0.6, clip * q * growth, p - clip), 0), q + clip
+    far = p - clip if clip < 0.5 else (1 - clip) - q  # the smaller two, which cancel less
+    return jnp.maximum(jnp.where(beyond < 0.6, clip * q * growth, far), 0), q + clip
 
 
 @functools.cache

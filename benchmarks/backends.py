@@ -270,7 +270,7 @@ def of_tanh(
     x: np.ndarray, t: np.ndarray, exp_units: float, division_units: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """tanh(|x| / 2) and its error: near 0 a quotient n / d, elsewhere 1 - 2 s."""
-    n, d = _kernels.tanh_fraction(np.minimum(np.abs(np.float64(x)), 1))
+    n, d = _kernels.short_fraction(np.minimum(np.abs(np.float64(x)), 1))
     # The last rounding of each sum and of n counts fully, the others a tenth at most.
     near = (1 + 1 + 1 + 0.6) * 2.0**-24 * n / d + of_quotient(n, d, division_units)
     excess = (1 - t) / (1 + t)

@@ -1,5 +1,6 @@
 """Losses for imbalanced labels, focal and asymmetric: kernels and public functions."""
 
+import decimal
 import functools
 import math
 from typing import Any
@@ -51,11 +52,18 @@ def m_value(x: jax.Array, y: jax.Array) -> jax.Array:
     return _kernels.sigmoid_mix_value(x, 1 - y, -y)
 
 
-def log_m_value(x: jax.Array, y: jax.Array) -> jax.Array:
+def log_m_in_exponent(x: jax.Array, y: jax.Array) -> jax.Array:
+    """log m, of which an exponent needs no relative accuracy where it is near 0."""
     # For a hard label m is p or q, whose logarithm is right also where it underflows.
     hard, of_hard = (y == 0) | (y == 1), -_kernels.bce_with_logits_value(x, 1 - y)
     logarithm = jnp.where(hard, of_hard, _kernels.log(m_value(x, y)))
     return jnp.maximum(logarithm, -float(jnp.finfo(x.dtype).max))  # finite: a term of 0 is left 0
+
+
+def log_m_value(x: jax.Array, y: jax.Array) -> jax.Array:
+    p_t = _kernels.sigmoid_mix_value(x, y, y - 1)
+    near_1 = (y > 0) & (y < 1) & (p_t < 0.5)
+    return jnp.where(near_1, lax.log1p(-p_t, accuracy=_kernels.HIGHEST), log_m_in_exponent(x, y))
 
 
 def log_m_partials(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -87,7 +95,9 @@ def focal_term(k: float, j: int, f: str) -> _kernels.Kernel:
             limit = 1 if f == "c" else 1 - 2 * y
             factor = jnp.where(vanished, limit, _kernels.quotient(factor, m))
         # Finite, with room for coefficients: a tangent of 0 annihilates it, and opposites can meet.
-        power = _kernels.exp(jnp.minimum(exponent * log_m_value(x, y), math.log(info.max) - 7))
+        power = _kernels.exp(
+            jnp.minimum(exponent * log_m_in_exponent(x, y), math.log(info.max) - 7)
+        )
         return annihilate_value(power * lax.integer_pow(ratio, j), factor)
 
     def partials(
@@ -306,17 +316,26 @@ def sigmoid_power(k: float) -> _kernels.Kernel:
     return _kernels.with_jvp(value, partials)
 
 
+def kink(clip: float, dtype: Any) -> tuple[float, float]:
+    """Where p = clip, x0 = log(clip / (1 - clip)): as a number of `dtype`, and what that lacks."""
+    # A float64 lacks more than float64 arithmetic can tell.
+    digits, p = decimal.Context(prec=50), decimal.Decimal(clip)
+    x0 = digits.ln(digits.divide(p, digits.subtract(1, p)))
+    rounded = float(np.asarray(float(x0), dtype))
+    return rounded, float(digits.subtract(x0, decimal.Decimal(rounded)))
+
+
 def clipped(x: jax.Array, clip: float) -> tuple[jax.Array, jax.Array]:
-    """m and 1 - m; m to a few ULP also near the kink, at x0 = log(clip / (1 - clip))."""
+    """m and 1 - m; m to a few ULP also near the kink."""
     p, q = _kernels.sigmoid(x), _kernels.sigmoid(-x)
-    x0 = math.log(clip / (1 - clip))
-    rounded = float(np.asarray(x0, x.dtype))
-    # p - clip = clip q (exp(x - x0) - 1), where x - rounded is exact and the rest of x0 follows.
-    beyond = x - rounded
+    x0, rest = kink(clip, x.dtype)
+    # p - clip = clip q (exp(x - x0) - 1), where x - x0 is exact and the rest of x0 follows.
+    beyond = x - x0
     n, d = _kernels.tanh_fraction(jnp.clip(beyond, -1, 1))
     growth = _kernels.quotient(2 * n, d - n)  # exp(beyond) - 1, also near 0
-    growth = growth - (x0 - rounded) * (1 + growth)
-    return jnp.maximum(jnp.where(beyond < 0.6, clip * q * growth, p - clip), 0), q + clip
+    growth = growth - rest * (1 + growth)
+    far = p - clip if clip < 0.5 else (1 - clip) - q  # the smaller two, which cancel less
+    return jnp.maximum(jnp.where(beyond < 0.6, clip * q * growth, far), 0), q + clip
 
 
 @functools.cache

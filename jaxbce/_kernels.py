@@ -240,13 +240,23 @@ sigmoid_slope = with_jvp(sigmoid_slope_value, sigmoid_slope_partials)
 # sigmoid_excess(x) = sigmoid(x) - sigmoid(-x) = tanh(x / 2), also right near 0
 
 
-def tanh_fraction(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """n and d with tanh(x / 2) = n / d, for |x| <= 1 to 1e-10.
+# n and d with tanh(x / 2) = n / d, for |x| <= 1: the continued fraction x / (2 + x² / (6 + x² /
+# (10 + ...))) down to 18, to 1e-10, and for float64 down to 30, to 2e-19
 
-    The continued fraction x / (2 + x² / (6 + x² / (10 + x² / (14 + x² / 18)))).
-    """
+
+def short_fraction(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     z = x * x
     return x * (15120 + z * (420 + z)), 30240 + z * (3360 + 30 * z)
+
+
+def long_fraction(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    z = x * x
+    n = x * (259459200 + z * (8648640 + z * (55440 + 72 * z)))
+    return n, 518918400 + z * (60540480 + z * (831600 + z * (2520 + z)))
+
+
+def tanh_fraction(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return long_fraction(x) if x.dtype == jnp.float64 else short_fraction(x)
 
 
 def sigmoid_excess_value(x: jax.Array) -> jax.Array:
@@ -307,7 +317,7 @@ bce_with_logits = keep_inputs(bce_with_logits_forward)
 
 # loss(p, y) = -y max(log p, -100) - (1 - y) max(log(1 - p), -100)
 #
-# ∂/∂p = (p - y) / max(p (1 - p), 1e-12)      (PyTorch's convention: finite at 0 and 1)
+# ∂/∂p = bce_slope(p, y) = (p - y) / max(p (1 - p), 1e-12)   (PyTorch: finite at 0 and 1)
 # ∂/∂y = -log_odds(p), the difference of the two clamped logarithms
 
 
@@ -334,6 +344,33 @@ def inverse_spread_partials(p: jax.Array) -> tuple[jax.Array]:
 inverse_spread = with_jvp(inverse_spread_value, inverse_spread_partials)
 
 
+def reciprocal_value(p: jax.Array) -> jax.Array:
+    return quotient(jnp.ones_like(p), p)
+
+
+def reciprocal_partials(p: jax.Array) -> tuple[jax.Array]:
+    inverse = reciprocal(p)
+    return (-inverse * inverse,)
+
+
+reciprocal = with_jvp(reciprocal_value, reciprocal_partials)
+
+
+def bce_slope_value(p: jax.Array, y: jax.Array) -> jax.Array:
+    return (p - y) * inverse_spread(p)
+
+
+def bce_slope_partials(p: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # The product rule would subtract two large numbers where p is near a hard label.
+    inside = p * (1 - p) > 1e-12
+    of_zero, of_one = (reciprocal(jnp.where(inside, each, 1)) for each in (1 - p, p))
+    curvature = (1 - y) * of_zero * of_zero + y * of_one * of_one
+    return jnp.where(inside, curvature, 1e12), -inverse_spread(p)
+
+
+bce_slope = with_jvp(bce_slope_value, bce_slope_partials)
+
+
 def log_odds_value(p: jax.Array) -> jax.Array:
     return clamped_log(p) - clamped_log1m(p)
 
@@ -350,7 +387,7 @@ def bce_value(p: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def bce_partials(p: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return (p - y) * inverse_spread(p), -log_odds(p)
+    return bce_slope(p, y), -log_odds(p)
 
 
 bce = keep_inputs(with_jvp(bce_value, bce_partials))

@@ -176,11 +176,16 @@ def test_the_constants_of_log1p():
     assert worst < 4.6e-9
 
 
-def test_the_continued_fraction_of_tanh():
+@pytest.mark.parametrize(
+    ("fraction", "bound"),
+    [(_kernels.short_fraction, 1e-10), (_kernels.long_fraction, 2e-19)],
+    ids=["float32", "float64"],
+)
+def test_the_continued_fraction_of_tanh(fraction, bound):
     with mpmath.workdps(30):
         worst = 0
         for i in range(1, 1001):
             x = mpmath.mpf(i) / 1000
-            n, d = _kernels.tanh_fraction(x)
+            n, d = fraction(x)
             worst = max(worst, abs(n / d / mpmath.tanh(x / 2) - 1))
-    assert worst < 1e-10
+    assert worst < bound

@@ -1,8 +1,6 @@
 """Checks of dtypes, shapes and, on request, values; the wording of every error."""
 
-import functools
 import numbers
-from collections.abc import Callable
 from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 import jax
@@ -15,75 +13,7 @@ R = TypeVar("R")
 
 
 # Part of jit's cache key: a function traced without checks is traced again under `checked`.
-_value_checks = jax.make_user_context(default_value=False)
-
-
-def checked(fn: Callable[P, R]) -> Callable[P, R]:
-    """Returns `fn` with the values that jaxbce functions receive inside it checked.
-
-    Use it while debugging, around any function that calls jaxbce: a training step, its gradient,
-    under `jax.jit` or `jax.vmap`. Without it no check is traced and none costs anything.
-
-    What is checked: kept labels and probabilities lie in [0, 1] and are not NaN; `label_smoothing`
-    lies in [0, 1]; `pos_weight` is not negative; positives are label ids, or -1 for padding, and
-    fit into `max_positives`.
-
-    Args:
-      fn: a function of arrays, or pytrees of arrays, that returns the same.
-
-    Returns:
-      A function of the same arguments and result. It is traced at every call, so keep it out of the
-      final training loop. It goes outside `jax.jit`: `checked(jax.jit(fn))`.
-
-    Raises:
-      ValueError: when the returned function is called: the first failed check, with the name of the
-        jaxbce function, the argument and the offending value; also for an integer that JAX would
-        cut to 32 bits, and inside a transformation.
-
-    Edge values: what `where` masks, or a weight of 0 drops, may hold anything and is not checked.
-
-    Differentiable: yes, `checked(jax.grad(loss))`. In a loop that is differentiated JAX drops the
-    checks: of a loss with a `jax.lax.scan` in it, check the loss.
-
-    Example:
-      >>> import jax, jaxbce
-      >>> loss = jaxbce.checked(jax.jit(jaxbce.bce_with_logits))
-      >>> loss(jax.numpy.zeros(2), jax.numpy.array([0.0, 2.0]))
-      Traceback (most recent call last):
-        ...
-      ValueError: bce_with_logits: labels must be in [0, 1], got 2.0...
-
-    Source: `jax.experimental.checkify`.
-    """
-
-    @functools.wraps(fn)
-    def with_checks(*args: P.args, **kwargs: P.kwargs) -> R:
-        if values_are_checked():
-            return fn(*args, **kwargs)
-        # A copy: an NNX module would be left without its parameters where tracing it fails.
-        args, kwargs = jax.tree.map(lambda leaf: leaf, (args, kwargs))
-        for values in jax.tree.leaves((args, kwargs)):
-            _refuse_traced(values)
-            _check_narrowing("checked", "an argument", values)
-        with _value_checks(True):
-            error, result = checkify.checkify(fn)(*args, **kwargs)
-        for outcome in jax.tree.leaves(error):
-            _refuse_traced(outcome)
-        try:
-            error.throw()
-        except checkify.JaxRuntimeError as failure:
-            raise ValueError(str(failure).removesuffix(" (`check` failed)")) from None
-        return result
-
-    return with_checks
-
-
-def _refuse_traced(value: Any) -> None:
-    if isinstance(value, jax.core.Tracer):
-        raise ValueError(
-            "checked: it goes outside of jax.jit, jax.grad and every other transformation, got a "
-            "traced call; write checked(jax.jit(fn)) or checked(jax.grad(fn))"
-        )
+value_checks = jax.make_user_context(default_value=False)
 
 
 def admit(name: str, **arguments: Any) -> list[Any]:
@@ -125,7 +55,7 @@ def _is_narrowed(values: Any) -> bool:
     )
 
 
-def _check_narrowing(name: str, argument: str, values: Any) -> None:
+def check_narrowing(name: str, argument: str, values: Any) -> None:
     if _is_narrowed(values):
         info = np.iinfo(jax.dtypes.canonicalize_dtype(values.dtype))
         wide = np.ravel((values < info.min) | (values > info.max))
@@ -193,6 +123,23 @@ def _remedy(argument: str, got: tuple[int, ...], shape: tuple[int, ...]) -> str:
             f"reshape it, for example with {argument}[:, {'0' if len(got) > len(shape) else None}]"
         )
     return "all sizes must be equal"
+
+
+def labels_like(name: str, labels: Any, score_name: str, shape: tuple[int, ...]) -> jax.Array:
+    """Dense labels of the shape of the scores."""
+    array = real(name, "labels", labels)
+    if array.shape == shape:
+        return array
+    remedy = "nothing is broadcast, so reshape one of them, for example with labels[:, None]"
+    if are_class_ids(array, shape):
+        remedy = (
+            f"class ids become labels by jaxbce.multi_hot(labels[..., None], {shape[-1]}), and "
+            "jaxbce.sparse_bce_with_logits takes them as positives"
+        )
+    raise ValueError(
+        f"{name}: labels must have the shape of {score_name}, got labels {array.shape} and "
+        f"{score_name} {shape}; {remedy}"
+    )
 
 
 def number(name: str, argument: str, value: Any, *, most_axes: int = 0) -> jax.Array:
@@ -297,7 +244,7 @@ def check_one_of(name: str, **arguments: Any) -> None:
 
 def values_are_checked() -> bool:
     """Whether this is traced under `checked`."""
-    return bool(_value_checks.value)
+    return bool(value_checks.value)
 
 
 def check_values(name: str, argument: str, values: jax.Array, ok: jax.Array, rule: str) -> None:

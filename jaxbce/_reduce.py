@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbce import _kernels
+from jaxbce import _math
 
 REDUCTIONS = ("mean", "weighted_mean", "sum", "batchmean", "none")
 
@@ -86,7 +86,7 @@ def inverse(total: jax.Array) -> jax.Array:
     """1 / total, and 0 for a total of 0: of nothing, the mean is 0."""
     nothing = total == 0
     one = jnp.ones_like(total)
-    return jnp.where(nothing, 0, _kernels.quotient(one, jnp.where(nothing, one, total)))
+    return jnp.where(nothing, 0, _math.quotient(one, jnp.where(nothing, one, total)))
 
 
 def repeats(own: Any, shape: Any, axes: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -36,14 +36,19 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # Module: the files whose tests must notice, the fastest judge first.
 TESTS = {
-    "_kernels": ["test_functions", "test_accuracy", "test_backends", "test_focal", "test_losses"],
+    "_math": ["test_functions", "test_accuracy", "test_backends", "test_focal", "test_losses"],
     "_reduce": ["test_losses", "test_linear_loss", "test_placement", "test_linear"],
-    "_linear": ["test_linear", "test_linear_loss", "test_update", "test_sharding"],
-    "_operands": ["test_linear", "test_linear_loss"],
-    "_update": ["test_update"],
-    "_focal": ["test_focal", "test_losses"],
-    "_losses": ["test_losses", "test_checks"],
-    "_labels": ["test_labels", "test_placement"],
+    "_loss": ["test_losses", "test_own_losses", "test_checks"],
+    "_losses.bce": ["test_accuracy", "test_losses"],
+    "_losses.probabilities": ["test_accuracy", "test_losses", "test_float64"],
+    "_losses.focal": ["test_focal", "test_losses", "test_float64"],
+    "_losses.asymmetric": ["test_focal", "test_losses", "test_float64"],
+    "_head.chunks": ["test_linear", "test_linear_loss", "test_update", "test_sharding"],
+    "_head.arguments": ["test_linear", "test_linear_loss"],
+    "_head.update": ["test_update"],
+    "_head.optimizers": ["test_update"],
+    "_labels.ids": ["test_labels", "test_placement"],
+    "_labels.balance": ["test_labels", "test_placement"],
     "_checks": ["test_checks", "test_labels", "test_losses"],
 }
 

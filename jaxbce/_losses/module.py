@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxbce import _checks, _reduce
-from jaxbce._losses import bce_with_logits
+from jaxbce._losses.bce import bce_with_logits
 
 
 @jax.tree_util.register_pytree_node_class

@@ -25,6 +25,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 HIGHEST = lax.AccuracyMode.HIGHEST
+WHOLE = range(9)  # exponents of powers that are multiplied out, to a few ULP
 
 Kernel = Callable[..., jax.Array]
 Partials = Callable[..., tuple[jax.Array | None, ...]]
@@ -98,6 +99,17 @@ def annihilate_partials(coefficient: jax.Array, value: jax.Array) -> tuple[jax.A
 
 # coefficient · value, of which a coefficient of 0 annihilates an infinite value
 annihilate = with_jvp(annihilate_value, annihilate_partials)
+
+
+# product(a, b) = a b, where an a of 0 annihilates an infinite b. So does its slope, which is taken
+# to be 0 there: in a loss, b is infinite at infinite logits only, and a then constant
+
+
+def product_partials(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.where(jnp.isinf(b), 0, b), a
+
+
+product = with_jvp(annihilate_value, product_partials)
 
 
 def exp(x: jax.Array) -> jax.Array:
@@ -286,108 +298,3 @@ def unshared_partials(x: jax.Array) -> tuple[jax.Array]:
 
 
 unshared = with_jvp(unshared_value, unshared_partials)
-
-
-# loss(x, y, q) = (1 - y) softplus(x) + q y softplus(-x), with q = 1 for None
-#
-# ∂/∂x = (1 - y) sigmoid(x) - q y sigmoid(-x)
-# ∂/∂y = -softplus(x) + q softplus(-x)        (one log1p, times q - 1: exact near x = 0)
-# ∂/∂q = y softplus(-x)
-
-
-def bce_with_logits_value(x: jax.Array, y: jax.Array, q: jax.Array | None = None) -> jax.Array:
-    if q is None:
-        return linear_and_curved(x, jnp.where(x > 0, 1 - y, y), 1)
-    return softplus_mix_value(x, 1 - y, annihilate(y, q))
-
-
-def bce_with_logits_partials(
-    x: jax.Array, y: jax.Array, q: jax.Array | None = None
-) -> tuple[jax.Array | None, ...]:
-    if q is None:
-        return sigmoid_minus(x, y), -x, None
-    d_labels = softplus_mix(x, -jnp.ones_like(x), q)
-    by_weight = softplus_mix(x, jnp.zeros_like(x), y)
-    return sigmoid_mix(x, 1 - y, annihilate(y, q)), d_labels, by_weight
-
-
-bce_with_logits_forward = with_jvp(bce_with_logits_value, bce_with_logits_partials)
-bce_with_logits = keep_inputs(bce_with_logits_forward)
-
-
-# loss(p, y) = -y max(log p, -100) - (1 - y) max(log(1 - p), -100)
-#
-# ∂/∂p = bce_slope(p, y) = (p - y) / max(p (1 - p), 1e-12)   (PyTorch: finite at 0 and 1)
-# ∂/∂y = -log_odds(p), the difference of the two clamped logarithms
-
-
-def clamped_log(p: jax.Array) -> jax.Array:
-    return jnp.maximum(log(p), -100)
-
-
-def clamped_log1m(p: jax.Array) -> jax.Array:
-    return jnp.maximum(lax.log1p(-p, accuracy=HIGHEST), -100)
-
-
-# inverse_spread(p) = 1 / max(p (1 - p), 1e-12)
-
-
-def inverse_spread_value(p: jax.Array) -> jax.Array:
-    return quotient(jnp.ones_like(p), jnp.maximum(p * (1 - p), 1e-12))
-
-
-def inverse_spread_partials(p: jax.Array) -> tuple[jax.Array]:
-    inverse = inverse_spread(p)
-    return (jnp.where(p * (1 - p) > 1e-12, (2 * p - 1) * inverse * inverse, 0),)
-
-
-inverse_spread = with_jvp(inverse_spread_value, inverse_spread_partials)
-
-
-def reciprocal_value(p: jax.Array) -> jax.Array:
-    return quotient(jnp.ones_like(p), p)
-
-
-def reciprocal_partials(p: jax.Array) -> tuple[jax.Array]:
-    inverse = reciprocal(p)
-    return (-inverse * inverse,)
-
-
-reciprocal = with_jvp(reciprocal_value, reciprocal_partials)
-
-
-def bce_slope_value(p: jax.Array, y: jax.Array) -> jax.Array:
-    return (p - y) * inverse_spread(p)
-
-
-def bce_slope_partials(p: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # The product rule would subtract two large numbers where p is near a hard label.
-    inside = p * (1 - p) > 1e-12
-    of_zero, of_one = (reciprocal(jnp.where(inside, each, 1)) for each in (1 - p, p))
-    curvature = (1 - y) * of_zero * of_zero + y * of_one * of_one
-    return jnp.where(inside, curvature, 1e12), -inverse_spread(p)
-
-
-bce_slope = with_jvp(bce_slope_value, bce_slope_partials)
-
-
-def log_odds_value(p: jax.Array) -> jax.Array:
-    return clamped_log(p) - clamped_log1m(p)
-
-
-def log_odds_partials(p: jax.Array) -> tuple[jax.Array]:
-    return (inverse_spread(p),)
-
-
-log_odds = with_jvp(log_odds_value, log_odds_partials)
-
-
-def bce_value(p: jax.Array, y: jax.Array) -> jax.Array:
-    return -(y * clamped_log(p) + (1 - y) * clamped_log1m(p))
-
-
-def bce_partials(p: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return bce_slope(p, y), -log_odds(p)
-
-
-bce = keep_inputs(with_jvp(bce_value, bce_partials))

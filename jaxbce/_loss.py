@@ -125,8 +125,8 @@ class Loss:
         if len(arguments) != 2 + len(self.parameters) and not variadic:
             raise ValueError(
                 f"{name}: fn must be a function of a logit, a label and {len(self.parameters)} "
-                f"parameters, got one of {len(arguments)} arguments; name the others in parameters, "
-                "or bind them with functools.partial"
+                f"parameters, got one of {len(arguments)} arguments; name the others in "
+                "parameters, or bind them with functools.partial"
             )
         given = zip(self.parameters, arguments[2:], strict=False)
         return {own: a.default for own, a in given if a.default is not inspect.Parameter.empty}

@@ -49,6 +49,7 @@ CASES = [(loss, *SOME) for loss in LOSSES]
 CASES += [("bce", "one", "chunks", r) for r in ("mean", "weighted_mean", "batchmean", "none")]
 CASES += [("bce", "all", place, r) for place in PLACES for r in ("sum", "none")]
 CASES += [("own", "all", "labels on a mesh", "mean")]
+CASES += [(loss, "one", "chunks", "none") for loss in ("focal", "asymmetric")]
 
 
 def head_of(loss, place, reduction):

@@ -58,7 +58,7 @@ def own_loss(name: str, loss: Any, num_arrays: int) -> chunks.ChunkLoss:
     """A user's loss, which must be one number per logit and a function of its arguments alone."""
     if not callable(loss):
         raise TypeError(
-            f"{name}: loss must be a jaxbce.Loss or a function of (logits, labels, *per_label), "
+            f"{name}: loss must be a function of (logits, labels, *per_label), or a jaxbce.Loss, "
             f"got {type(loss).__name__}; linear_loss takes it first, linear_update as loss=..."
         )
     if isinstance(loss, Loss):

@@ -192,10 +192,13 @@ def chunk_pass(
             losses = jnp.where(hidden, jnp.inf, losses)  # `finite_rows` makes 0 of such a row
         return losses if keep is None else jnp.where(keep, losses, 0)
 
-    if not with_gradients:
-        return jnp.sum(masked_loss(elements), axis=1), {}
-
+    # Also where no gradient is wanted: the rule of a loss for reverse mode alone is then applied,
+    # and what is left has a derivative in forward mode.
     losses, pullback = jax.vjp(masked_loss, elements)
+    rows = jnp.sum(losses, axis=1)
+    if not with_gradients:
+        return rows, {}
+
     # The scale, of which the slopes are a linear function, is not compared with 0: that would lose
     # what a second derivative needs where it is 0, and could not be transposed.
     (slopes,) = pullback(zeros + operands.scale[:, None])
@@ -205,7 +208,6 @@ def chunk_pass(
         silent = infinite if silent is None else infinite | silent
     if silent is not None:  # a loss of the user's may have no derivative there
         slopes = jax.tree.map(lambda slope: jnp.where(silent, 0, slope), slopes)
-    rows = jnp.sum(losses, axis=1)
     slope = slopes["logits"].astype(kernel.dtype)
     gradients: Gradients = {
         "features": product(slope, kernel, 1, 1),

@@ -154,8 +154,8 @@ def candidates(how: OnMesh, k: int, layer: Layer) -> Candidates:
     return values, ids + how.offset(layer[1])
 
 
-# best_of_devices = the best of all candidates. The cotangent of a result belongs to the candidate of
-# the same label. Candidates are found once more in the backward pass: inside another
+# best_of_devices = the best of all candidates. The cotangent of a result belongs to the candidate
+# of the same label. Candidates are found once more in the backward pass: inside another
 # `jax.shard_map`, JAX takes no residuals out of this one.
 
 
@@ -168,8 +168,8 @@ def best_of_devices_impl(how: OnMesh, k: int, layer: Layer) -> Candidates:
     # They are gathered on the way from one to the other. What `jax.lax.all_gather` returns counts
     # as different on every device, and could not leave a `jax.shard_map` as one array.
     by_row = (PartitionSpec(how.batch_axis, None),) * 2
-    best = how.shard(lambda values, ids: best(values, ids, k), by_row, by_row)
-    result: Candidates = best(*shared(layer))
+    merged = how.shard(lambda values, ids: best(values, ids, k), by_row, by_row)
+    result: Candidates = merged(*shared(layer))
     return result
 
 

@@ -184,8 +184,10 @@ def linear_update(
 def _specs(features: Any, kernel: Any, bias: Any, *others: Any, **_: Any) -> Any:
     """The results are sharded as what they replace, new state also as its parameter."""
 
+    given = [kernel] if bias is None else [kernel, bias]
+
     def of_state(array: Any) -> PartitionSpec:
-        like = [each for each in (kernel, bias) if jnp.shape(each) == jnp.shape(array)]
+        like = [each for each in given if jnp.shape(each) == jnp.shape(array)]
         return _placement.common_spec(array, *like)
 
     own: Any = jax.tree.map(_placement.common_spec, (features, kernel, bias))

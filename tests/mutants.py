@@ -2,7 +2,7 @@
 
     python tests/mutants.py                       # every mutant of the modules in TESTS
     python tests/mutants.py _reduce --sample 20   # a random 20 of one module
-    python tests/mutants.py _kernels --list       # what would be changed, without running it
+    python tests/mutants.py _math --list       # what would be changed, without running it
 
 A mutant is a copy of the package with one operator, comparison, constant or order of arguments
 changed, found in the syntax tree: nothing here follows the code. Each runs the tests of its module
@@ -44,6 +44,7 @@ TESTS = {
     "_losses.focal": ["test_focal", "test_losses", "test_float64"],
     "_losses.asymmetric": ["test_focal", "test_losses", "test_float64"],
     "_head.chunks": ["test_linear", "test_linear_loss", "test_update", "test_sharding"],
+    "_head.top_k": ["test_linear", "test_sharding"],
     "_head.arguments": ["test_linear", "test_linear_loss"],
     "_head.update": ["test_update"],
     "_head.optimizers": ["test_update"],
@@ -95,7 +96,7 @@ EQUIVALENT = {
     "sigmoid_excess_value: -1 -> -2": "beyond -1 it is not taken",
     "sigmoid_excess_value: x < 0 -> x <= 0": "at 0 it is not taken",
     "sigmoid_excess_value: x < 0 -> x < 1": "up to 1 it is not taken",
-    "bce_with_logits_value: x > 0 -> x >= 0": "at 0 it is multiplied by 0",
+    "value: x > 0 -> x >= 0": "at 0 it is multiplied by 0",
     "unshared_value: x < 0 -> x <= 0": "the sign of 0 has no part in a derivative",
     "inverse_spread_partials: p * (1 - p) > 1e-12 -> p * (1 - p) >= 1e-12": "at its bound",
     "mark: local < size -> local <= size": "at `size` it is dropped",
@@ -165,9 +166,13 @@ def skipped(tree: ast.Module) -> set[ast.AST]:
     return {child for node in nodes for child in ast.walk(node)}
 
 
+def path_of(module: str) -> pathlib.Path:
+    return pathlib.Path("jaxbce", *module.split(".")).with_suffix(".py")
+
+
 def mutants(module: str) -> Iterator[tuple[str, str, str]]:
     """(where, what is changed, the whole source)."""
-    tree = ast.parse((ROOT / "jaxbce" / f"{module}.py").read_text())
+    tree = ast.parse((ROOT / path_of(module)).read_text())
     left_out = skipped(tree)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     owner = {node: function.name for function in functions for node in ast.walk(function)}
@@ -200,7 +205,7 @@ def run_tests(module: str, source: str, *options: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         package = pathlib.Path(folder) / "jaxbce"
         shutil.copytree(ROOT / "jaxbce", package)
-        (package / f"{module}.py").write_text(source)
+        (pathlib.Path(folder) / path_of(module)).write_text(source)
         sys.path[:0] = [folder, str(ROOT / "tests")]
         os.chdir(ROOT)
         files = [f"tests/{name}.py" for name in TESTS[module]]
@@ -211,7 +216,7 @@ def run_tests(module: str, source: str, *options: str) -> int:
 
 def collects(module: str) -> bool:
     """Whether the tests can be run at all, so that an error of pytest is no killed mutant."""
-    source = (ROOT / "jaxbce" / f"{module}.py").read_text()
+    source = (ROOT / path_of(module)).read_text()
     return run_tests(module, source, "--collect-only") == pytest.ExitCode.OK
 
 

@@ -152,8 +152,8 @@ def compare_chunks():
     for shape in SHAPES:
         batch, _, labels = shape
         chosen = min(chunks.default_chunk_size(batch, labels), labels)  # what None stands for
-        chunks = sorted({chosen, labels, *(chunk for chunk in CHUNKS if chunk < labels)})
-        variants = {chunk: chunked(chunk_size=chunk) for chunk in chunks if batch * chunk <= 2**24}
+        sizes = sorted({chosen, labels, *(chunk for chunk in CHUNKS if chunk < labels)})
+        variants = {chunk: chunked(chunk_size=chunk) for chunk in sizes if batch * chunk <= 2**24}
         times = medians(variants, draw(*shape))
         best = min(times, key=times.get)
         row = ", ".join(f"{chunk}: {1e3 * seconds:.1f}" for chunk, seconds in times.items())

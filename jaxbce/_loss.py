@@ -174,10 +174,14 @@ def evaluate(
     axis: int | tuple[int, ...] | None = None,
     reduction: str = "none",
     score_name: str = "logits",
+    defined_for: str = "",
     sparse: bool = False,
     program: tuple[_program.Equation, ...] = (),
 ) -> jax.Array:
-    """Checks what does not need an array, then makes one cached, compiled call."""
+    """Checks what does not need an array, then makes one cached, compiled call.
+
+    `defined_for` names the scores, or the labels, if outside of [0, 1] the loss is NaN.
+    """
     _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
     axes = _checks.axes_or_none(name, axis, reduction)
     given = {n: value for n, value in (parameters or {}).items() if value is not None}
@@ -197,6 +201,7 @@ def evaluate(
         reduction=reduction,
         axes=axes,
         score_name=score_name,
+        defined_for=defined_for,
         sparse=sparse,
         program=program,
     )
@@ -213,7 +218,7 @@ def result_spec(
     return PartitionSpec(*(names for axis, names in enumerate(spec) if axis not in reduced))
 
 
-STATIC = ("name", "loss", "given", "reduction", "axes", "score_name", "sparse", "program")
+STATIC = "name loss given reduction axes score_name defined_for sparse program".split()
 
 
 @_placement.compiled(*STATIC, result=result_spec)
@@ -230,6 +235,7 @@ def evaluate_arrays(
     reduction: str,
     axes: tuple[int, ...] | None,
     score_name: str,
+    defined_for: str,
     sparse: bool,
     program: tuple[_program.Equation, ...],
 ) -> jax.Array:
@@ -262,7 +268,11 @@ def evaluate_arrays(
         if argument == "pos_weight":
             _checks.check_not_negative(name, argument, extra, counted)
 
-    keep = _reduce.kept(magnitude(x, y, *extras), weight, where)
+    size = magnitude(x, y, *extras)
+    if defined_for:
+        value = y if defined_for == "labels" else x
+        size = jnp.where((value >= 0) & (value <= 1), size, jnp.nan)
+    keep = _reduce.kept(size, weight, where)
     if keep is not None:
         # Before anything is computed of them, so that no NaN reaches a gradient.
         x, y = jnp.where(keep, x, 0), jnp.where(keep, y, 0)

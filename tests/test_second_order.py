@@ -99,6 +99,7 @@ def curved(loss):
     return total
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("loss", "weight", "place", "reduction"), CASES, ids=["-".join(case) for case in CASES]
 )
@@ -127,6 +128,7 @@ def test_where_a_weight_is_zero(loss, weight, place, reduction, rng):
     assert_close(got, expected, 2e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_two_pullbacks_are_a_pushforward(place, reduction, rng):

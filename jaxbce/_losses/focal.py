@@ -216,6 +216,7 @@ def focal_loss(
         where=where,
         axis=axis,
         reduction=reduction,
+        defined_for="labels",
     )
 
 
@@ -271,4 +272,13 @@ def sigmoid_focal_loss(
     """
     name = "sigmoid_focal_loss"
     loss, parameters = focal_of(name, alpha, gamma)
-    return evaluate(name, loss, logits, labels, parameters=parameters, weight=weight, where=where)
+    return evaluate(
+        name,
+        loss,
+        logits,
+        labels,
+        parameters=parameters,
+        weight=weight,
+        where=where,
+        defined_for="labels",
+    )

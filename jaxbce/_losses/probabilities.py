@@ -152,4 +152,5 @@ def bce(
         axis=axis,
         reduction=reduction,
         score_name="probs",
+        defined_for="probs",
     )

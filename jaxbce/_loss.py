@@ -218,7 +218,17 @@ def result_spec(
     return PartitionSpec(*(names for axis, names in enumerate(spec) if axis not in reduced))
 
 
-STATIC = "name loss given reduction axes score_name defined_for sparse program".split()
+STATIC = [
+    "name",
+    "loss",
+    "given",
+    "reduction",
+    "axes",
+    "score_name",
+    "defined_for",
+    "sparse",
+    "program",
+]
 
 
 @_placement.compiled(*STATIC, result=result_spec)

@@ -16,12 +16,12 @@ R = TypeVar("R")
 value_checks = jax.make_user_context(default_value=False)
 
 
-def admit(name: str, **arguments: Any) -> list[Any]:
+def jit_arguments(name: str, **arguments: Any) -> list[Any]:
     """The arguments as `jax.jit` takes them: arrays, numbers or None for what is not given."""
-    return [_admit(name, argument, values) for argument, values in arguments.items()]
+    return [_jit_argument(name, argument, values) for argument, values in arguments.items()]
 
 
-def _admit(name: str, argument: str, values: Any) -> Any:
+def _jit_argument(name: str, argument: str, values: Any) -> Any:
     if not isinstance(values, jax.Array) and hasattr(values, "__jax_array__"):
         values = values.__jax_array__()  # for example of a flax.nnx.Param
     if values is None or isinstance(values, (bool, int, float, complex)):
@@ -272,7 +272,7 @@ def check_not_negative(
     check_values(name, argument, values, ok if keep is None else ok | ~keep, "at least 0")
 
 
-def known(value: Any) -> TypeGuard[float]:
+def is_static(value: Any) -> TypeGuard[float]:
     """Whether `value` is one number whose value is at hand: not traced, not on a device."""
     return isinstance(value, numbers.Real) or (isinstance(value, np.ndarray) and not value.ndim)
 
@@ -280,14 +280,14 @@ def known(value: Any) -> TypeGuard[float]:
 def fraction_or_none(name: str, argument: str, value: Any) -> Any:
     """`value` after `check_fraction`; None, which costs nothing, for a constant 0."""
     check_fraction(name, argument, value)
-    return None if known(value) and value == 0 else value
+    return None if is_static(value) and value == 0 else value
 
 
 def check_fraction(name: str, argument: str, value: Any) -> None:
     """A number known before tracing must lie in [0, 1]."""
     if value is None:
         raise TypeError(f"{name}: {argument} must be a number, got None; pass 0.0 for none of it")
-    if known(value) and not 0 <= value <= 1:
+    if is_static(value) and not 0 <= value <= 1:
         raise ValueError(f"{name}: {argument} must be in [0, 1], got {value}")
 
 
@@ -297,7 +297,7 @@ def static_number(
     """A number that must be known before tracing, with low <= number < high; `valid` says so."""
     if value is None:
         raise TypeError(f"{name}: {argument} must be a number, got None; pass 0.0 for none of it")
-    if not known(value):
+    if not is_static(value):
         raise TypeError(
             f"{name}: {argument} must be a Python number, known before tracing, got "
             f"{type(value).__name__}; pass float({argument}) outside jax.jit, or make it static: "

@@ -174,18 +174,18 @@ def evaluate(
     axis: int | tuple[int, ...] | None = None,
     reduction: str = "none",
     score_name: str = "logits",
-    defined_for: str = "",
+    defined_for: tuple[str, ...] = (),
     sparse: bool = False,
     program: tuple[_program.Equation, ...] = (),
 ) -> jax.Array:
     """Checks what does not need an array, then makes one cached, compiled call.
 
-    `defined_for` names the scores, or the labels, if outside of [0, 1] the loss is NaN.
+    Outside of [0, 1] of an argument in `defined_for` the loss may be infinite, or NaN.
     """
     _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
     axes = _checks.axes_or_none(name, axis, reduction)
     given = {n: value for n, value in (parameters or {}).items() if value is not None}
-    arrays = _checks.admit(
+    arrays = _checks.jit_arguments(
         name,
         **{score_name: scores, "positives" if sparse else "labels": labels},
         weight=weight,
@@ -245,7 +245,7 @@ def evaluate_arrays(
     reduction: str,
     axes: tuple[int, ...] | None,
     score_name: str,
-    defined_for: str,
+    defined_for: tuple[str, ...],
     sparse: bool,
     program: tuple[_program.Equation, ...],
 ) -> jax.Array:
@@ -279,8 +279,8 @@ def evaluate_arrays(
             _checks.check_not_negative(name, argument, extra, counted)
 
     size = magnitude(x, y, *extras)
-    if defined_for:
-        value = y if defined_for == "labels" else x
+    for argument in defined_for:
+        value = y if argument == "labels" else x
         size = jnp.where((value >= 0) & (value <= 1), size, jnp.nan)
     keep = _reduce.kept(size, weight, where)
     if keep is not None:

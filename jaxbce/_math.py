@@ -2,7 +2,7 @@
 
 Every function here takes scalars; `over` lifts it to arrays. A loss is written as `<op>_value` and
 its derivatives `<op>_partials`, of which `with_jvp` makes a function for forward and reverse mode.
-`keep_inputs` makes of that one that keeps nothing but its inputs for the backward pass. In the
+`rematerialised` makes of that one that keeps nothing but its inputs for the backward pass. In the
 functions of logits JAX never differentiates through an `abs`, a `max` or a `where`, so their
 derivatives are right at logit 0, in both tails and at every order.
 
@@ -57,7 +57,7 @@ def with_jvp(value: Kernel, partials: Partials) -> Kernel:
     return kernel
 
 
-def keep_inputs(fn: Kernel, prepare: Kernel | None = None) -> Kernel:
+def rematerialised(fn: Kernel, prepare: Kernel | None = None) -> Kernel:
     """`fn` in reverse mode alone, with its inputs as the only residuals.
 
     The backward pass computes with `prepare` of the first input, which must be equal to it.
@@ -89,16 +89,18 @@ def over(kernel: Kernel, ndim: int) -> Kernel:
     return kernel
 
 
-def annihilate_value(coefficient: jax.Array, value: jax.Array) -> jax.Array:
+def multiply_no_nan_value(coefficient: jax.Array, value: jax.Array) -> jax.Array:
     return jnp.where(coefficient == 0, 0, coefficient * value)
 
 
-def annihilate_partials(coefficient: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+def multiply_no_nan_partials(
+    coefficient: jax.Array, value: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     return value, coefficient
 
 
 # coefficient · value, of which a coefficient of 0 annihilates an infinite value
-annihilate = with_jvp(annihilate_value, annihilate_partials)
+multiply_no_nan = with_jvp(multiply_no_nan_value, multiply_no_nan_partials)
 
 
 # product(a, b) = a b, where an a of 0 annihilates an infinite b. So does its slope, which is taken
@@ -109,7 +111,7 @@ def product_partials(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(jnp.isinf(b), 0, b), a
 
 
-product = with_jvp(annihilate_value, product_partials)
+product = with_jvp(multiply_no_nan_value, product_partials)
 
 
 def exp(x: jax.Array) -> jax.Array:
@@ -234,7 +236,7 @@ def sigmoid(x: jax.Array) -> jax.Array:
     return sigmoid_minus(x, jnp.zeros_like(x))
 
 
-# sigmoid'(x) = sigmoid(x) sigmoid(-x), and sigmoid''(x) = -sigmoid'(x) sigmoid_excess(x)
+# sigmoid'(x) = sigmoid(x) sigmoid(-x), and sigmoid''(x) = -sigmoid'(x) tanh_half(x)
 
 
 def sigmoid_slope_value(x: jax.Array) -> jax.Array:
@@ -243,13 +245,13 @@ def sigmoid_slope_value(x: jax.Array) -> jax.Array:
 
 
 def sigmoid_slope_partials(x: jax.Array) -> tuple[jax.Array]:
-    return (-sigmoid_slope(x) * sigmoid_excess(x),)
+    return (-sigmoid_slope(x) * tanh_half(x),)
 
 
 sigmoid_slope = with_jvp(sigmoid_slope_value, sigmoid_slope_partials)
 
 
-# sigmoid_excess(x) = sigmoid(x) - sigmoid(-x) = tanh(x / 2), also right near 0
+# tanh_half(x) = sigmoid(x) - sigmoid(-x) = tanh(x / 2), also right near 0
 
 
 # n and d with tanh(x / 2) = n / d, for |x| <= 1: the continued fraction x / (2 + x² / (6 + x² /
@@ -271,30 +273,30 @@ def tanh_fraction(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return long_fraction(x) if x.dtype == jnp.float64 else short_fraction(x)
 
 
-def sigmoid_excess_value(x: jax.Array) -> jax.Array:
+def tanh_half_value(x: jax.Array) -> jax.Array:
     near = quotient(*tanh_fraction(jnp.clip(x, -1, 1)))
     far = 1 - 2 * sigmoid_tail(x)  # which cancels near 0
     return jnp.where(jnp.abs(x) < 1, near, jnp.where(x < 0, -far, far))
 
 
-def sigmoid_excess_partials(x: jax.Array) -> tuple[jax.Array]:
+def tanh_half_partials(x: jax.Array) -> tuple[jax.Array]:
     return (2 * sigmoid_slope(x),)
 
 
-sigmoid_excess = with_jvp(sigmoid_excess_value, sigmoid_excess_partials)
+tanh_half = with_jvp(tanh_half_value, tanh_half_partials)
 
 
-# unshared(x) = x, for the derivatives of a loss: what they and the loss share, XLA would write to
+# recomputed(x) = x, for the derivatives of a loss: what they and the loss share, XLA would write to
 # memory. It does not know that the two are equal.
 
 
-def unshared_value(x: jax.Array) -> jax.Array:
+def recomputed_value(x: jax.Array) -> jax.Array:
     magnitude = jnp.maximum(x, -x)
     return jnp.where(x < 0, -magnitude, magnitude)
 
 
-def unshared_partials(x: jax.Array) -> tuple[jax.Array]:
+def recomputed_partials(x: jax.Array) -> tuple[jax.Array]:
     return (jnp.ones_like(x),)
 
 
-unshared = with_jvp(unshared_value, unshared_partials)
+recomputed = with_jvp(recomputed_value, recomputed_partials)

@@ -108,7 +108,7 @@ def linear_bce_with_logits(
     name = "linear_bce_with_logits"
     _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
     devices = Devices.named(name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis)
-    arrays = arguments.admit(
+    arrays = arguments.as_given(
         name,
         features,
         kernel,
@@ -213,7 +213,7 @@ def linear_loss(
     devices = Devices.named(name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis)
     numbers = arguments.numbered(name, per_label)
     chunk_loss = arguments.own_loss(name, loss, len(numbers))
-    arrays = arguments.admit(
+    arrays = arguments.as_given(
         name,
         features,
         kernel,
@@ -251,8 +251,8 @@ def _evaluate(
     devices: Devices,
 ) -> jax.Array:
     lead, operands, weight = arguments.prepare(*arrays, name=name, reduction=reduction, loss=loss)
-    how = devices.over(name, *operands.sizes(), loss)
+    plan = devices.over(name, *operands.sizes(), loss)
     if reduction != "none":
-        return chunks.total_loss(how, operands)
-    rows = chunks.finite_rows(chunks.row_losses(how, operands), operands)
+        return chunks.total_loss(plan, operands)
+    rows = chunks.finite_rows(chunks.row_losses(plan, operands), operands)
     return (rows if weight is None else rows * weight).reshape(lead)

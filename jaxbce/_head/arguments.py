@@ -11,7 +11,7 @@ from jaxbce._head import chunks
 from jaxbce._loss import Loss
 
 
-def admit(
+def as_given(
     name: str,
     features: Any,
     kernel: Any,
@@ -28,8 +28,8 @@ def admit(
     """The arrays that `prepare` takes; those of `per_label` by name, None for what is not given."""
     _checks.check_one_of(name, positives=positives, labels=labels)
     given = {argument: value for argument, value in per_label.items() if value is not None}
-    numbers = dict(zip(given, _checks.admit(name, **given), strict=True))
-    arrays = _checks.admit(
+    numbers = dict(zip(given, _checks.jit_arguments(name, **given), strict=True))
+    arrays = _checks.jit_arguments(
         name,
         features=features,
         kernel=kernel,
@@ -137,7 +137,7 @@ def prepare(
     if ignored is not None:
         ignored = _checks.positives(name, ignored, num_labels, argument="ignored", rows_of=rows_of)
         ignored = ignored.reshape(batch, ignored.shape[-1])
-    kept = _kept_labels(where, ignored, batch, num_labels, dtype)
+    kept = _reduce.kept_labels(where, ignored, batch, num_labels, dtype)
 
     if weight is not None:
         weight = _checks.shaped(name, "weight", weight, lead, "(...,)").astype(dtype)
@@ -177,7 +177,7 @@ def prepare(
         label_smoothing=label_smoothing,
         where=where,
         ignored=ignored,
-        scale=_scale(weight, kept, lead, num_labels, dtype, reduction),
+        scale=_reduce.row_scale(weight, kept, lead, num_labels, dtype, reduction),
         weightless=None if weight is None else weight == 0,
     )
     if isinstance(loss.loss, Loss) and _checks.values_are_checked():  # a function may take any
@@ -190,48 +190,3 @@ def prepare(
         if labels is not None:
             _checks.check_unit_interval(name, "labels", labels.astype(dtype), mask)
     return lead, _placement.vary_together(operands), weight
-
-
-def _kept_labels(
-    where: jax.Array | None, ignored: jax.Array | None, batch: int, num_labels: int, dtype: Any
-) -> jax.Array | None:
-    """How many labels of each row are kept, [batch]; None for all of all rows."""
-    if where is None and ignored is None:
-        return None
-    if where is None:
-        where = jnp.ones((1, 1), bool)
-    kept = _reduce.count_true(where, (1,), dtype)[:, 0]
-    kept *= _reduce.repeats(where.shape, (batch, num_labels), (1,), dtype)
-    if ignored is None:
-        return jnp.broadcast_to(kept, batch)
-    ids = jnp.sort(ignored, axis=1)
-    first = ids != jnp.pad(ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-    row = jnp.arange(batch)[:, None] if where.shape[0] > 1 else 0
-    column = ids if where.shape[1] > 1 else 0
-    otherwise = where.at[row, column].get(mode="fill", fill_value=False)
-    return kept - jnp.sum((ids < num_labels) & first & otherwise, axis=1, dtype=dtype)
-
-
-def _scale(
-    weight: jax.Array | None,
-    kept: jax.Array | None,
-    lead: tuple[int, ...],
-    num_labels: int,
-    dtype: Any,
-    reduction: str,
-) -> jax.Array:
-    """The factor of each row in the total: its weight over the divisor of the reduction."""
-    batch = math.prod(lead)
-    scale = own = jnp.ones(batch, dtype) if weight is None else weight
-    if kept is None:
-        sizes = {"mean": (batch, num_labels), "weighted_mean": (num_labels,), "batchmean": lead[:1]}
-        for size in sizes.get(reduction, ()):
-            scale = scale * _reduce.one_over(size, dtype)
-    elif reduction == "mean":
-        scale = scale * _reduce.inverse(jnp.sum(kept))
-    elif reduction == "batchmean":
-        entries = jnp.any(kept.reshape(lead) != 0, axis=tuple(range(1, len(lead))))
-        scale = scale * _reduce.inverse(jnp.sum(entries, dtype=dtype))
-    if reduction == "weighted_mean":
-        scale = scale * _reduce.inverse(jnp.sum(own if kept is None else own * kept))
-    return scale

@@ -45,7 +45,7 @@ class Operands(NamedTuple):
 LABELLED = ("kernel", "bias", "labels", "per_label")  # one column, or number, per label
 
 
-def product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+def matmul(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
     dimensions = (((axis_a,), (axis_b,)), ((), ()))
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=_math.accumulator(a))
 
@@ -70,11 +70,11 @@ def chunk_logits(
 ) -> tuple[jax.Array, jax.Array]:
     """The logits of a chunk, and its kernel in the dtype of the product."""
     kernel = kernel.astype(features.dtype)
-    logits = product(features, kernel, 1, 0)
+    logits = matmul(features, kernel, 1, 0)
     return (logits if bias is None else logits + bias[None].astype(logits.dtype)), kernel
 
 
-def mark(ids: jax.Array, first: jax.Array | int, size: int) -> jax.Array:
+def multi_hot_of_chunk(ids: jax.Array, first: jax.Array | int, size: int) -> jax.Array:
     """1 at the ids of each row among the labels first, ..., first + size − 1, 0 elsewhere."""
     local = ids - first
     # One past the end is dropped; a negative index would wrap around even so.
@@ -91,7 +91,7 @@ def chunk_mask(
     if keep is not None and keep.shape[1] != 1:
         keep = columns(keep, start, size)
     if operands.ignored is not None:
-        known = mark(operands.ignored, first, size) == 0
+        known = multi_hot_of_chunk(operands.ignored, first, size) == 0
         keep = known if keep is None else known & keep
     return keep
 
@@ -168,7 +168,7 @@ def chunk_pass(
     if operands.positives is None:
         labels = chunk["labels"]
     else:
-        labels = mark(operands.positives, offset + start, size)
+        labels = multi_hot_of_chunk(operands.positives, offset + start, size)
     elements = {"logits": logits, "labels": labels.astype(logits.dtype)}
     # Unlike `broadcast_to`, sums vary over the same axes of a mesh as the logits.
     zeros = jnp.zeros_like(logits)
@@ -210,8 +210,8 @@ def chunk_pass(
         slopes = jax.tree.map(lambda slope: jnp.where(silent, 0, slope), slopes)
     slope = slopes["logits"].astype(kernel.dtype)
     gradients: Gradients = {
-        "features": product(slope, kernel, 1, 1),
-        "kernel": product(operands.features, slope, 0, 0),
+        "features": matmul(slope, kernel, 1, 1),
+        "kernel": matmul(operands.features, slope, 0, 0),
     }
     if operands.bias is not None:
         gradients["bias"] = jnp.sum(slopes["logits"], axis=0)
@@ -337,19 +337,19 @@ def cotangents(gradients: Gradients, operands: Operands) -> tuple[Operands]:
 # computed with the loss and multiplied by it. A higher derivative goes through that forward rule.
 
 
-def total_loss_impl(how: OneDevice, operands: Operands) -> jax.Array:
-    rows, _ = how.run(operands, False)
+def total_loss_impl(plan: OneDevice, operands: Operands) -> jax.Array:
+    rows, _ = plan.run(operands, False)
     return scaled_sum(rows, operands)
 
 
-def total_loss_fwd(how: OneDevice, operands: Operands) -> tuple[jax.Array, Any]:
-    rows, gradients = how.run(operands, True)
+def total_loss_fwd(plan: OneDevice, operands: Operands) -> tuple[jax.Array, Any]:
+    rows, gradients = plan.run(operands, True)
     gradients["scale"] = finite_rows(rows, operands)
     gradients["features"] = gradients["features"].astype(gradient_dtype(operands.features))
     return scaled_sum(rows, operands), (gradients, empty_operands(operands))
 
 
-def total_loss_bwd(how: OneDevice, residuals: Any, g: jax.Array) -> tuple[Operands]:
+def total_loss_bwd(plan: OneDevice, residuals: Any, g: jax.Array) -> tuple[Operands]:
     gradients, operands = residuals
     scaled = jax.tree.map(lambda gradient: g * gradient.astype(g.dtype), gradients)
     return cotangents(scaled, operands)
@@ -363,16 +363,16 @@ total_loss.defvjp(total_loss_fwd, total_loss_bwd)
 # gradients, so the backward pass computes them.
 
 
-def row_losses_impl(how: OneDevice, operands: Operands) -> jax.Array:
-    return how.run(operands, False)[0]
+def row_losses_impl(plan: OneDevice, operands: Operands) -> jax.Array:
+    return plan.run(operands, False)[0]
 
 
-def row_losses_fwd(how: OneDevice, operands: Operands) -> tuple[jax.Array, Operands]:
-    return row_losses_impl(how, operands), operands
+def row_losses_fwd(plan: OneDevice, operands: Operands) -> tuple[jax.Array, Operands]:
+    return row_losses_impl(plan, operands), operands
 
 
-def row_losses_bwd(how: OneDevice, operands: Operands, g: jax.Array) -> tuple[Operands]:
-    _, gradients = how.run(operands._replace(scale=g), True)
+def row_losses_bwd(plan: OneDevice, operands: Operands, g: jax.Array) -> tuple[Operands]:
+    _, gradients = plan.run(operands._replace(scale=g), True)
     return cotangents(gradients, operands)
 
 

@@ -76,7 +76,7 @@ def siglip_loss(
     """
     name = "siglip_loss"
     devices = Devices.named(name, chunk_size, mesh, axis=axis)
-    arrays = _checks.admit(
+    arrays = _checks.jit_arguments(
         name,
         image_embeddings=image_embeddings,
         text_embeddings=text_embeddings,
@@ -122,5 +122,5 @@ def _siglip(
         positives=positives,
         scale=jnp.full(batch, _reduce.one_over(batch, dtype)),
     )
-    how = devices.over(name, batch, batch, chunks.ChunkLoss(BCE), OnRing)
-    return chunks.total_loss(how, _placement.vary_together(operands))
+    plan = devices.over(name, batch, batch, chunks.ChunkLoss(BCE), OnRing)
+    return chunks.total_loss(plan, _placement.vary_together(operands))

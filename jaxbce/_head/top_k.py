@@ -71,7 +71,7 @@ def linear_top_k(
     """
     name = "linear_top_k"
     devices = Devices.named(name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis)
-    arrays = _checks.admit(name, features=features, kernel=kernel, bias=bias)
+    arrays = _checks.jit_arguments(name, features=features, kernel=kernel, bias=bias)
     num_labels = next(reversed(getattr(arrays[1], "shape", ())), None)
     _checks.check_size(name, "k", k, num_labels if isinstance(num_labels, int) else None)
     best: tuple[jax.Array, jax.Array] = _top_k(*arrays, name=name, k=k, devices=devices)
@@ -91,12 +91,12 @@ def _top_k(
     num_labels = kernel.shape[1]
     lead = features.shape[:-1]
     features = features.reshape(math.prod(lead), features.shape[-1])
-    how = devices.over(name, features.shape[0], num_labels)
+    plan = devices.over(name, features.shape[0], num_labels)
     layer = features, kernel, bias
-    if isinstance(how, OnMesh):
-        values, ids = best_of_devices(how, k, layer)
+    if isinstance(plan, OnMesh):
+        values, ids = best_of_devices(plan, k, layer)
     else:
-        values, ids = top_k_pass(*layer, k, how.chunk_size)
+        values, ids = top_k_pass(*layer, k, plan.chunk_size)
     return values.reshape(*lead, k), ids.reshape(*lead, k)
 
 
@@ -139,19 +139,19 @@ def top_k_pass(
     return found
 
 
-def layer_specs(how: OnMesh, layer: Layer) -> Any:
+def layer_specs(plan: OnMesh, layer: Layer) -> Any:
     names = ("features", "kernel", "bias")
     return tuple(
-        None if array is None else how.specs()[name]
+        None if array is None else plan.specs()[name]
         for name, array in zip(names, layer, strict=True)
     )
 
 
-def candidates(how: OnMesh, k: int, layer: Layer) -> Candidates:
+def candidates(plan: OnMesh, k: int, layer: Layer) -> Candidates:
     """The best of a device's own labels."""
     most = min(k, layer[1].shape[1])
-    values, ids = top_k_pass(*layer, most, how.chunk_size)
-    return values, ids + how.offset(layer[1])
+    values, ids = top_k_pass(*layer, most, plan.chunk_size)
+    return values, ids + plan.offset(layer[1])
 
 
 # best_of_devices = the best of all candidates. The cotangent of a result belongs to the candidate
@@ -159,36 +159,36 @@ def candidates(how: OnMesh, k: int, layer: Layer) -> Candidates:
 # `jax.shard_map`, JAX takes no residuals out of this one.
 
 
-def best_of_devices_impl(how: OnMesh, k: int, layer: Layer) -> Candidates:
-    shared = how.shard(
-        lambda layer: candidates(how, k, layer),
-        (layer_specs(how, layer),),
-        (PartitionSpec(how.batch_axis, how.label_axis),) * 2,
+def best_of_devices_impl(plan: OnMesh, k: int, layer: Layer) -> Candidates:
+    shared = plan.shard(
+        lambda layer: candidates(plan, k, layer),
+        (layer_specs(plan, layer),),
+        (PartitionSpec(plan.batch_axis, plan.label_axis),) * 2,
     )
     # They are gathered on the way from one to the other. What `jax.lax.all_gather` returns counts
     # as different on every device, and could not leave a `jax.shard_map` as one array.
-    by_row = (PartitionSpec(how.batch_axis, None),) * 2
-    merged = how.shard(lambda values, ids: best(values, ids, k), by_row, by_row)
+    by_row = (PartitionSpec(plan.batch_axis, None),) * 2
+    merged = plan.shard(lambda values, ids: best(values, ids, k), by_row, by_row)
     result: Candidates = merged(*shared(layer))
     return result
 
 
-def best_of_devices_fwd(how: OnMesh, k: int, layer: Layer) -> tuple[Candidates, Any]:
-    values, ids = best_of_devices_impl(how, k, layer)
+def best_of_devices_fwd(plan: OnMesh, k: int, layer: Layer) -> tuple[Candidates, Any]:
+    values, ids = best_of_devices_impl(plan, k, layer)
     return (values, ids), (layer, ids)
 
 
-def best_of_devices_bwd(how: OnMesh, k: int, residuals: Any, g: Any) -> tuple[Layer]:
+def best_of_devices_bwd(plan: OnMesh, k: int, residuals: Any, g: Any) -> tuple[Layer]:
     layer, ids = residuals
 
     def local(layer: Layer, ids: jax.Array, g: jax.Array) -> Layer:
-        _, pullback, found = jax.vjp(lambda layer: candidates(how, k, layer), layer, has_aux=True)
+        _, pullback, found = jax.vjp(lambda layer: candidates(plan, k, layer), layer, has_aux=True)
         chosen = found[:, :, None] == ids[:, None, :]
         gradients: tuple[Layer] = pullback(jnp.sum(jnp.where(chosen, g[:, None, :], 0), axis=2))
         return gradients[0]
 
-    specs, by_row = layer_specs(how, layer), PartitionSpec(how.batch_axis, None)
-    return (how.shard(local, (specs, by_row, by_row), specs)(layer, ids, g[0]),)
+    specs, by_row = layer_specs(plan, layer), PartitionSpec(plan.batch_axis, None)
+    return (plan.shard(local, (specs, by_row, by_row), specs)(layer, ids, g[0]),)
 
 
 best_of_devices = jax.custom_vjp(best_of_devices_impl, nondiff_argnums=(0, 1))

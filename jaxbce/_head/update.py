@@ -150,7 +150,7 @@ def linear_update(
             f"{params['kernel'].dtype} and no such state; leave it out"
         )
     numbers = {"pos_weight": pos_weight} if loss is None else arguments.numbered(name, per_label)
-    arrays = arguments.admit(
+    arrays = arguments.as_given(
         name,
         features,
         params["kernel"],
@@ -228,12 +228,12 @@ def _update(
             _rounded(new_others, others, _key(key, num_labels)),
         )
 
-    how = devices.over(name, *operands.sizes(), loss)
+    plan = devices.over(name, *operands.sizes(), loss)
     num_labels = operands.kernel.shape[1]
-    other = how.chunk_size if how.chunk_size < num_labels else num_labels + 1
+    other = plan.chunk_size if plan.chunk_size < num_labels else num_labels + 1
     optimizers.check_by_label(name, optimizer, layout, params, opt_state, other)
     pass_over = functools.partial(update_pass, new_columns)
-    rows, slope, (params, state), others = how.update(
+    rows, slope, (params, state), others = plan.update(
         pass_over, operands, (params, state), others, key
     )
     features = jnp.asarray(given[0])

@@ -66,7 +66,7 @@ def balanced_pos_weight(
     """
     name = "balanced_pos_weight"
     if max_weight is not None:
-        (max_weight,) = _checks.admit(name, max_weight=max_weight)
+        (max_weight,) = _checks.jit_arguments(name, max_weight=max_weight)
         _check_positive(name, "max_weight", max_weight)
     count, negatives = _counts(name, labels, positives, num_labels, where, ignored)
     weight = negatives / jnp.maximum(count, 1)
@@ -138,7 +138,7 @@ def _counts(
 ) -> tuple[jax.Array, jax.Array]:
     """For each label: its positives and its negatives, of what is kept."""
     _checks.check_one_of(name, labels=labels, positives=positives)
-    labels, positives, where, ignored = _checks.admit(
+    labels, positives, where, ignored = _checks.jit_arguments(
         name, labels=labels, positives=positives, where=where, ignored=ignored
     )
     if positives is None:

@@ -48,7 +48,7 @@ def multi_hot(
     name = "multi_hot"
     check_num_labels(name, num_labels)
     _checks.check_real_dtype(name, "dtype", dtype)
-    (positives,) = _checks.admit(name, positives=positives)
+    (positives,) = _checks.jit_arguments(name, positives=positives)
     result: jax.Array = _multi_hot_of(
         positives, name=name, num_labels=num_labels, dtype=jnp.dtype(dtype)
     )
@@ -124,7 +124,7 @@ def positives_from_multi_hot(labels: ArrayLike, max_positives: int | None = None
     Source: `jax.numpy.nonzero`, by row, in a fraction of its memory.
     """
     name = "positives_from_multi_hot"
-    (labels,) = _checks.admit(name, labels=labels)
+    (labels,) = _checks.jit_arguments(name, labels=labels)
     if max_positives is not None:
         _checks.check_size(name, "max_positives", max_positives, least=0)
     elif isinstance(labels, jax.core.Tracer):

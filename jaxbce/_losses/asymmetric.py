@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxbce import _checks, _math
 from jaxbce._loss import Loss, evaluate
 from jaxbce._losses import bce
-from jaxbce._math import WHOLE, annihilate, product
+from jaxbce._math import WHOLE, multiply_no_nan, product
 
 # Asymmetric loss with p and q as above, m = max(p - clip, 0) and n = -log(1 - m):
 #
@@ -121,9 +121,11 @@ def asymmetric(
         if stop_focus_gradient:
             focus, focus_neg = lax.stop_gradient((focus, focus_neg))
         positive = product(focus, _math.softplus(-x))
-        return annihilate(y, positive) + annihilate(1 - y, product(focus_neg, cross_entropy_neg))
+        return multiply_no_nan(y, positive) + multiply_no_nan(
+            1 - y, product(focus_neg, cross_entropy_neg)
+        )
 
-    return _math.keep_inputs(loss, _math.unshared)
+    return _math.rematerialised(loss, _math.recomputed)
 
 
 def asymmetric_loss(

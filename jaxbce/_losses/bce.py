@@ -17,7 +17,7 @@ from jaxbce._loss import Loss, evaluate
 def value(x: jax.Array, y: jax.Array, q: jax.Array | None = None) -> jax.Array:
     if q is None:
         return _math.linear_and_curved(x, jnp.where(x > 0, 1 - y, y), 1)
-    return _math.softplus_mix_value(x, 1 - y, _math.annihilate(y, q))
+    return _math.softplus_mix_value(x, 1 - y, _math.multiply_no_nan(y, q))
 
 
 def partials(
@@ -27,11 +27,11 @@ def partials(
         return _math.sigmoid_minus(x, y), -x, None
     d_labels = _math.softplus_mix(x, -jnp.ones_like(x), q)
     by_weight = _math.softplus_mix(x, jnp.zeros_like(x), y)
-    return _math.sigmoid_mix(x, 1 - y, _math.annihilate(y, q)), d_labels, by_weight
+    return _math.sigmoid_mix(x, 1 - y, _math.multiply_no_nan(y, q)), d_labels, by_weight
 
 
 value_forward = _math.with_jvp(value, partials)
-BCE = Loss(_math.keep_inputs(value_forward), ("pos_weight",))
+BCE = Loss(_math.rematerialised(value_forward), ("pos_weight",))
 BCE_FORWARD = Loss(value_forward, ("pos_weight",))
 
 

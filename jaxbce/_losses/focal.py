@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxbce import _checks, _math
 from jaxbce._loss import Loss, evaluate
 from jaxbce._losses import bce
-from jaxbce._math import WHOLE, annihilate, annihilate_value, product
+from jaxbce._math import WHOLE, multiply_no_nan, multiply_no_nan_value, product
 
 # Focal loss with p = sigmoid(x), q = sigmoid(-x), m = 1 - p_t = (1 - y) p + y q and c the binary
 # cross-entropy:
@@ -55,7 +55,7 @@ def log_m_value(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def log_m_partials(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     by_x = (1 - 2 * y) * focal_term(-1, 1, "1")(x, y, None)
-    return by_x, -product(_math.sigmoid_excess(x), focal_term(-1, 0, "1")(x, y, None))
+    return by_x, -product(_math.tanh_half(x), focal_term(-1, 0, "1")(x, y, None))
 
 
 log_m = _math.with_jvp(log_m_value, log_m_partials)
@@ -69,7 +69,9 @@ def focal_term(k: float, j: int, f: str) -> _math.Kernel:
         m, pq = m_value(x, y), _math.sigmoid_slope_value(x)
         factor = FACTORS[f](x, y)
         if g is None and k in WHOLE:
-            return annihilate_value(lax.integer_pow(m, int(k)) * lax.integer_pow(pq, j), factor)
+            return multiply_no_nan_value(
+                lax.integer_pow(m, int(k)) * lax.integer_pow(pq, j), factor
+            )
         # m^k (p q)^j = m^(k + j) (p q / m)^j with p q / m <= 1, so that no power that overflows
         # meets one that underflows; c and s are divided by an m too. Where m itself underflows the
         # label is hard and m the smaller of p and q; so are p q, c and |s|.
@@ -83,7 +85,7 @@ def focal_term(k: float, j: int, f: str) -> _math.Kernel:
             factor = jnp.where(vanished, limit, _math.quotient(factor, m))
         # Finite, with room for coefficients: a tangent of 0 annihilates it, and opposites can meet.
         power = _math.exp(jnp.minimum(exponent * log_m_in_exponent(x, y), math.log(info.max) - 7))
-        return annihilate_value(power * lax.integer_pow(ratio, j), factor)
+        return multiply_no_nan_value(power * lax.integer_pow(ratio, j), factor)
 
     def partials(
         x: jax.Array, y: jax.Array, g: jax.Array | None
@@ -91,14 +93,14 @@ def focal_term(k: float, j: int, f: str) -> _math.Kernel:
         def term(k: float, j: int, f: str) -> jax.Array:
             return focal_term(k, j, f)(x, y, g)
 
-        minus_excess = -_math.sigmoid_excess(x)
+        minus_tanh = -_math.tanh_half(x)
         by_x, by_y, by_g = jnp.zeros_like(x), jnp.zeros_like(x), None
         if g is not None or k:
             exponent = k if g is None else k + g
             by_x += exponent * (1 - 2 * y) * term(k - 1, j + 1, f)
-            by_y += exponent * product(minus_excess, term(k - 1, j, f))
+            by_y += exponent * product(minus_tanh, term(k - 1, j, f))
         if j:
-            by_x += j * product(minus_excess, term(k, j, f))
+            by_x += j * product(minus_tanh, term(k, j, f))
         if f in BY_X:
             more, g_x = BY_X[f]
             by_x += term(k, j + more, g_x)
@@ -121,17 +123,17 @@ def focal(gamma: float | None) -> _math.Kernel:
     ) -> jax.Array:
         if alpha is None:
             return power(x, y, g)
-        return annihilate((1 - alpha) * (1 - y) + alpha * y, power(x, y, g))
+        return multiply_no_nan((1 - alpha) * (1 - y) + alpha * y, power(x, y, g))
 
-    return _math.keep_inputs(loss, _math.unshared)
+    return _math.rematerialised(loss, _math.recomputed)
 
 
 def focal_of(name: str, alpha: Any, gamma: Any) -> tuple[Loss, dict[str, Any]]:
     """The loss, and the alpha and gamma that it takes: a known gamma is in its kernel."""
-    if alpha is not None and _checks.known(alpha):
+    if alpha is not None and _checks.is_static(alpha):
         alpha = _checks.static_number(name, "alpha", alpha, "in [0, 1]", 0, math.nextafter(1, 2))
     exponent = None
-    if gamma is None or _checks.known(gamma):
+    if gamma is None or _checks.is_static(gamma):
         valid = "finite and at least 0"
         exponent, gamma = _checks.static_number(name, "gamma", gamma, valid, 0, math.inf), None
     return Loss(focal(exponent), ("alpha", "gamma")), {"alpha": alpha, "gamma": gamma}
@@ -216,7 +218,7 @@ def focal_loss(
         where=where,
         axis=axis,
         reduction=reduction,
-        defined_for="labels",
+        defined_for=("labels",),
     )
 
 
@@ -280,5 +282,5 @@ def sigmoid_focal_loss(
         parameters=parameters,
         weight=weight,
         where=where,
-        defined_for="labels",
+        defined_for=("labels",),
     )

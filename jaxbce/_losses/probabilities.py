@@ -83,7 +83,7 @@ def partials(p: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     return bce_slope(p, y), -log_odds(p)
 
 
-OF_PROBABILITIES = Loss(_math.keep_inputs(_math.with_jvp(value, partials)))
+OF_PROBABILITIES = Loss(_math.rematerialised(_math.with_jvp(value, partials)))
 
 
 def bce(
@@ -152,5 +152,5 @@ def bce(
         axis=axis,
         reduction=reduction,
         score_name="probs",
-        defined_for="probs",
+        defined_for=("probs", "labels"),
     )

@@ -103,7 +103,7 @@ def print_table(worst, count):
 
 def measured_with():
     """What a state must not outlive: the source of jaxbce and the versions beside it."""
-    sources = sorted(pathlib.Path(jaxbce.__file__).parent.glob("*.py"))
+    sources = sorted(pathlib.Path(jaxbce.__file__).parent.rglob("*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
     return [digest, *(importlib.metadata.version(name) for name in ("jax", "optax"))]
 

@@ -28,7 +28,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 import oracle
 
-from jaxbce import _kernels
+from jaxbce import _math
 
 # Worst error in ULP of float32, from the table; of a division, that of a reciprocal and a product.
 PLAIN = ("exp", "log1p", "logistic", "tanh", "log", "expm1", "div")
@@ -256,7 +256,7 @@ def of_log1p(t: np.ndarray, exp_units: float, division_units: float) -> np.ndarr
     s = t / (2 + t)
     z, log1p = s * s, np.log1p(t)
     by_s = s * half(2 + t) / (2 + t) + of_quotient(t, 2 + t, division_units)
-    series = _kernels.log1p_series(z)
+    series = _math.log1p_series(z)
     by_z = 2 * s * by_s + half(z)
     by_series = half(series) * (1 + 2 * z) + 0.5 * by_z  # |S'| < 1 / 2; two more roundings, times z
     product = z * by_series + series * by_z + half(z * series)
@@ -270,7 +270,7 @@ def of_tanh(
     x: np.ndarray, t: np.ndarray, exp_units: float, division_units: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """tanh(|x| / 2) and its error: near 0 a quotient n / d, elsewhere 1 - 2 s."""
-    n, d = _kernels.tanh_fraction(np.minimum(np.abs(np.float64(x)), 1))
+    n, d = _math.short_fraction(np.minimum(np.abs(np.float64(x)), 1))
     # The last rounding of each sum and of n counts fully, the others a tenth at most.
     near = (1 + 1 + 1 + 0.6) * 2.0**-24 * n / d + of_quotient(n, d, division_units)
     excess = (1 - t) / (1 + t)

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 import jaxbce
-from jaxbce import _linear
+from jaxbce._head import chunks
 
 ROUNDS = 15
 ADAM = optax.adam(1e-3)
@@ -140,7 +140,7 @@ def medians(variants, arguments, rounds=ROUNDS, donated=0):
 def compare():
     """Against each in a run of its own: the dense head leaves the next variant cold memory."""
     shape = batch, _, labels = SHAPES[0]
-    products = three_products(_linear.default_chunk_size(batch, labels))
+    products = three_products(chunks.default_chunk_size(batch, labels))
     for name, other in {"three products": products, "dense optax": dense}.items():
         times = medians({"chunked": chunked(), name: other}, draw(*shape))
         ours, theirs = times.values()
@@ -151,9 +151,9 @@ def compare():
 def compare_chunks():
     for shape in SHAPES:
         batch, _, labels = shape
-        chosen = min(_linear.default_chunk_size(batch, labels), labels)  # what None stands for
-        chunks = sorted({chosen, labels, *(chunk for chunk in CHUNKS if chunk < labels)})
-        variants = {chunk: chunked(chunk_size=chunk) for chunk in chunks if batch * chunk <= 2**24}
+        chosen = min(chunks.default_chunk_size(batch, labels), labels)  # what None stands for
+        sizes = sorted({chosen, labels, *(chunk for chunk in CHUNKS if chunk < labels)})
+        variants = {chunk: chunked(chunk_size=chunk) for chunk in sizes if batch * chunk <= 2**24}
         times = medians(variants, draw(*shape))
         best = min(times, key=times.get)
         row = ", ".join(f"{chunk}: {1e3 * seconds:.1f}" for chunk, seconds in times.items())

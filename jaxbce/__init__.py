@@ -7,23 +7,28 @@
 [[-0.05960146  0.        ]]
 """
 
-from jaxbce._checks import checked
-from jaxbce._focal import asymmetric_loss, focal_loss, sigmoid_focal_loss
+from jaxbce._debug import checked
 from jaxbce._functions import log_sigmoid, sigmoid, softplus
-from jaxbce._head import linear_bce_with_logits, linear_loss, linear_top_k
-from jaxbce._labels import balanced_pos_weight, multi_hot, positives_from_multi_hot, prior_bias
-from jaxbce._losses import (
-    bce,
+from jaxbce._head.api import linear_bce_with_logits, linear_loss
+from jaxbce._head.siglip import siglip_loss
+from jaxbce._head.top_k import linear_top_k
+from jaxbce._head.update import linear_update
+from jaxbce._labels.balance import balanced_pos_weight, prior_bias
+from jaxbce._labels.ids import multi_hot, positives_from_multi_hot
+from jaxbce._loss import Loss
+from jaxbce._losses.asymmetric import asymmetric_loss
+from jaxbce._losses.bce import (
     bce_with_logits,
     sigmoid_binary_cross_entropy,
     sparse_bce_with_logits,
 )
-from jaxbce._module import BCEWithLogitsLoss
-from jaxbce._siglip import siglip_loss
-from jaxbce._update import linear_update
+from jaxbce._losses.focal import focal_loss, sigmoid_focal_loss
+from jaxbce._losses.module import BCEWithLogitsLoss
+from jaxbce._losses.probabilities import bce
 
 __all__ = [
     "BCEWithLogitsLoss",
+    "Loss",
     "asymmetric_loss",
     "balanced_pos_weight",
     "bce",

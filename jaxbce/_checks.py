@@ -1,8 +1,6 @@
 """Checks of dtypes, shapes and, on request, values; the wording of every error."""
 
-import functools
 import numbers
-from collections.abc import Callable
 from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 import jax
@@ -15,83 +13,15 @@ R = TypeVar("R")
 
 
 # Part of jit's cache key: a function traced without checks is traced again under `checked`.
-_value_checks = jax.make_user_context(default_value=False)
+value_checks = jax.make_user_context(default_value=False)
 
 
-def checked(fn: Callable[P, R]) -> Callable[P, R]:
-    """Returns `fn` with the values that jaxbce functions receive inside it checked.
-
-    Use it while debugging, around any function that calls jaxbce: a training step, its gradient,
-    under `jax.jit` or `jax.vmap`. Without it no check is traced and none costs anything.
-
-    What is checked: kept labels and probabilities lie in [0, 1] and are not NaN; `label_smoothing`
-    lies in [0, 1]; `pos_weight` is not negative; positives are label ids, or -1 for padding, and
-    fit into `max_positives`.
-
-    Args:
-      fn: a function of arrays, or pytrees of arrays, that returns the same.
-
-    Returns:
-      A function of the same arguments and result. It is traced at every call, so keep it out of the
-      final training loop. It goes outside `jax.jit`: `checked(jax.jit(fn))`.
-
-    Raises:
-      ValueError: when the returned function is called: the first failed check, with the name of the
-        jaxbce function, the argument and the offending value; also for an integer that JAX would
-        cut to 32 bits, and inside a transformation.
-
-    Edge values: what `where` masks, or a weight of 0 drops, may hold anything and is not checked.
-
-    Differentiable: yes, `checked(jax.grad(loss))`. In a loop that is differentiated JAX drops the
-    checks: of a loss with a `jax.lax.scan` in it, check the loss.
-
-    Example:
-      >>> import jax, jaxbce
-      >>> loss = jaxbce.checked(jax.jit(jaxbce.bce_with_logits))
-      >>> loss(jax.numpy.zeros(2), jax.numpy.array([0.0, 2.0]))
-      Traceback (most recent call last):
-        ...
-      ValueError: bce_with_logits: labels must be in [0, 1], got 2.0...
-
-    Source: `jax.experimental.checkify`.
-    """
-
-    @functools.wraps(fn)
-    def with_checks(*args: P.args, **kwargs: P.kwargs) -> R:
-        if values_are_checked():
-            return fn(*args, **kwargs)
-        # A copy: an NNX module would be left without its parameters where tracing it fails.
-        args, kwargs = jax.tree.map(lambda leaf: leaf, (args, kwargs))
-        for values in jax.tree.leaves((args, kwargs)):
-            _refuse_traced(values)
-            _check_narrowing("checked", "an argument", values)
-        with _value_checks(True):
-            error, result = checkify.checkify(fn)(*args, **kwargs)
-        for outcome in jax.tree.leaves(error):
-            _refuse_traced(outcome)
-        try:
-            error.throw()
-        except checkify.JaxRuntimeError as failure:
-            raise ValueError(str(failure).removesuffix(" (`check` failed)")) from None
-        return result
-
-    return with_checks
-
-
-def _refuse_traced(value: Any) -> None:
-    if isinstance(value, jax.core.Tracer):
-        raise ValueError(
-            "checked: it goes outside of jax.jit, jax.grad and every other transformation, got a "
-            "traced call; write checked(jax.jit(fn)) or checked(jax.grad(fn))"
-        )
-
-
-def admit(name: str, **arguments: Any) -> list[Any]:
+def jit_arguments(name: str, **arguments: Any) -> list[Any]:
     """The arguments as `jax.jit` takes them: arrays, numbers or None for what is not given."""
-    return [_admit(name, argument, values) for argument, values in arguments.items()]
+    return [_jit_argument(name, argument, values) for argument, values in arguments.items()]
 
 
-def _admit(name: str, argument: str, values: Any) -> Any:
+def _jit_argument(name: str, argument: str, values: Any) -> Any:
     if not isinstance(values, jax.Array) and hasattr(values, "__jax_array__"):
         values = values.__jax_array__()  # for example of a flax.nnx.Param
     if values is None or isinstance(values, (bool, int, float, complex)):
@@ -125,7 +55,7 @@ def _is_narrowed(values: Any) -> bool:
     )
 
 
-def _check_narrowing(name: str, argument: str, values: Any) -> None:
+def check_narrowing(name: str, argument: str, values: Any) -> None:
     if _is_narrowed(values):
         info = np.iinfo(jax.dtypes.canonicalize_dtype(values.dtype))
         wide = np.ravel((values < info.min) | (values > info.max))
@@ -193,6 +123,23 @@ def _remedy(argument: str, got: tuple[int, ...], shape: tuple[int, ...]) -> str:
             f"reshape it, for example with {argument}[:, {'0' if len(got) > len(shape) else None}]"
         )
     return "all sizes must be equal"
+
+
+def labels_like(name: str, labels: Any, score_name: str, shape: tuple[int, ...]) -> jax.Array:
+    """Dense labels of the shape of the scores."""
+    array = real(name, "labels", labels)
+    if array.shape == shape:
+        return array
+    remedy = "nothing is broadcast, so reshape one of them, for example with labels[:, None]"
+    if are_class_ids(array, shape):
+        remedy = (
+            f"class ids become labels by jaxbce.multi_hot(labels[..., None], {shape[-1]}), and "
+            "jaxbce.sparse_bce_with_logits takes them as positives"
+        )
+    raise ValueError(
+        f"{name}: labels must have the shape of {score_name}, got labels {array.shape} and "
+        f"{score_name} {shape}; {remedy}"
+    )
 
 
 def number(name: str, argument: str, value: Any, *, most_axes: int = 0) -> jax.Array:
@@ -297,7 +244,7 @@ def check_one_of(name: str, **arguments: Any) -> None:
 
 def values_are_checked() -> bool:
     """Whether this is traced under `checked`."""
-    return bool(_value_checks.value)
+    return bool(value_checks.value)
 
 
 def check_values(name: str, argument: str, values: jax.Array, ok: jax.Array, rule: str) -> None:
@@ -325,7 +272,7 @@ def check_not_negative(
     check_values(name, argument, values, ok if keep is None else ok | ~keep, "at least 0")
 
 
-def known(value: Any) -> TypeGuard[float]:
+def is_static(value: Any) -> TypeGuard[float]:
     """Whether `value` is one number whose value is at hand: not traced, not on a device."""
     return isinstance(value, numbers.Real) or (isinstance(value, np.ndarray) and not value.ndim)
 
@@ -333,14 +280,14 @@ def known(value: Any) -> TypeGuard[float]:
 def fraction_or_none(name: str, argument: str, value: Any) -> Any:
     """`value` after `check_fraction`; None, which costs nothing, for a constant 0."""
     check_fraction(name, argument, value)
-    return None if known(value) and value == 0 else value
+    return None if is_static(value) and value == 0 else value
 
 
 def check_fraction(name: str, argument: str, value: Any) -> None:
     """A number known before tracing must lie in [0, 1]."""
     if value is None:
         raise TypeError(f"{name}: {argument} must be a number, got None; pass 0.0 for none of it")
-    if known(value) and not 0 <= value <= 1:
+    if is_static(value) and not 0 <= value <= 1:
         raise ValueError(f"{name}: {argument} must be in [0, 1], got {value}")
 
 
@@ -350,7 +297,7 @@ def static_number(
     """A number that must be known before tracing, with low <= number < high; `valid` says so."""
     if value is None:
         raise TypeError(f"{name}: {argument} must be a number, got None; pass 0.0 for none of it")
-    if not known(value):
+    if not is_static(value):
         raise TypeError(
             f"{name}: {argument} must be a Python number, known before tracing, got "
             f"{type(value).__name__}; pass float({argument}) outside jax.jit, or make it static: "

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from jaxbce import _checks, _kernels, _placement
+from jaxbce import _checks, _math, _placement
 
 
 def softplus(x: ArrayLike) -> jax.Array:
@@ -37,7 +37,7 @@ def softplus(x: ArrayLike) -> jax.Array:
 
     Source: `jax.nn.softplus`.
     """
-    return _apply("softplus", _kernels.softplus, x)
+    return _apply("softplus", _math.softplus, x)
 
 
 def log_sigmoid(x: ArrayLike) -> jax.Array:
@@ -99,15 +99,15 @@ def sigmoid(x: ArrayLike) -> jax.Array:
 
     Source: `jax.nn.sigmoid`.
     """
-    return _apply("sigmoid", _kernels.sigmoid, x)
+    return _apply("sigmoid", _math.sigmoid, x)
 
 
 def _log_sigmoid(x: jax.Array) -> jax.Array:
-    return -_kernels.softplus(-x)
+    return -_math.softplus(-x)
 
 
-def _apply(name: str, kernel: _kernels.Kernel, x: ArrayLike) -> jax.Array:
-    (admitted,) = _checks.admit(name, x=x)
+def _apply(name: str, kernel: _math.Kernel, x: ArrayLike) -> jax.Array:
+    (admitted,) = _checks.jit_arguments(name, x=x)
     result: jax.Array = _mapped(admitted, name=name, kernel=kernel)
     return result
 
@@ -117,8 +117,8 @@ def _as_x(x: Any, **_: Any) -> PartitionSpec:
 
 
 @_placement.compiled("name", "kernel", result=_as_x)
-def _mapped(x: Any, *, name: str, kernel: _kernels.Kernel) -> jax.Array:
+def _mapped(x: Any, *, name: str, kernel: _math.Kernel) -> jax.Array:
     array = _checks.real(name, "x", x)
-    dtype = _kernels.accumulator(array)
-    result = _kernels.over(kernel, array.ndim)(array.astype(dtype))
+    dtype = _math.accumulator(array)
+    result = _math.over(kernel, array.ndim)(array.astype(dtype))
     return result.astype(array.dtype if jnp.issubdtype(array.dtype, jnp.floating) else dtype)

@@ -5,7 +5,7 @@ since it was traced. Its program holds all numbers, so equal programs do the sam
 """
 
 import functools
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +33,27 @@ class Equation(NamedTuple):
     axes: tuple[int, ...]  # of a reduction or a broadcast
     operands: tuple[tuple[int, ...], ...]  # their shapes
     results: tuple[tuple[int, ...], ...]
+
+
+def of_loss(
+    name: str, loss: Callable[..., jax.Array], arguments: Sequence[Any], remedy: str
+) -> tuple[Equation, ...]:
+    """The program of a user's loss, which must return one number per logit."""
+    # A new function: of one that it knows, JAX returns the program with the numbers of that time.
+    traced = jax.make_jaxpr(lambda *arrays: loss(*arrays))(*arguments)
+    shapes, expected = [result.shape for result in traced.out_avals], arguments[0].shape
+    if shapes != [expected]:
+        raise ValueError(
+            f"{name}: loss must return one number per logit, of shape {expected} for logits of "
+            f"that shape, got {shapes[0] if len(shapes) == 1 else shapes}; a loss of jaxbce takes "
+            'reduction="none"'
+        )
+    if not jnp.issubdtype(traced.out_avals[0].dtype, jnp.floating):
+        raise TypeError(f"{name}: loss must return floats, got {traced.out_avals[0].dtype}")
+    return read(
+        traced,
+        f"{name}: loss must hold no traced value, of which it would lose the gradient; {remedy}",
+    )
 
 
 def read(traced: Any, if_traced: str) -> tuple[Equation, ...]:

@@ -1,4 +1,4 @@
-"""Weight, where and reduction: the one place where a divisor is defined."""
+"""Weight, where and reduction: the one place where a divisor is defined, the head's too."""
 
 import math
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbce import _kernels
+from jaxbce import _math
 
 REDUCTIONS = ("mean", "weighted_mean", "sum", "batchmean", "none")
 
@@ -86,7 +86,7 @@ def inverse(total: jax.Array) -> jax.Array:
     """1 / total, and 0 for a total of 0: of nothing, the mean is 0."""
     nothing = total == 0
     one = jnp.ones_like(total)
-    return jnp.where(nothing, 0, _kernels.quotient(one, jnp.where(nothing, one, total)))
+    return jnp.where(nothing, 0, _math.quotient(one, jnp.where(nothing, one, total)))
 
 
 def repeats(own: Any, shape: Any, axes: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -114,3 +114,51 @@ def count_true(where: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.Array
         return jnp.sum(ones, axes, dtype=jnp.float32, keepdims=True).astype(dtype)
     ones = jnp.sum(where, axes[-1], dtype=jnp.int32, keepdims=True)
     return jnp.sum(ones.astype(dtype), axes[:-1], keepdims=True)
+
+
+# The head counts rows and labels, whose losses it never holds side by side.
+
+
+def kept_labels(
+    where: jax.Array | None, ignored: jax.Array | None, batch: int, num_labels: int, dtype: Any
+) -> jax.Array | None:
+    """How many labels of each row are kept, [batch]; None for all of all rows."""
+    if where is None and ignored is None:
+        return None
+    if where is None:
+        where = jnp.ones((1, 1), bool)
+    kept = count_true(where, (1,), dtype)[:, 0]
+    kept *= repeats(where.shape, (batch, num_labels), (1,), dtype)
+    if ignored is None:
+        return jnp.broadcast_to(kept, batch)
+    ids = jnp.sort(ignored, axis=1)
+    first = ids != jnp.pad(ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    row = jnp.arange(batch)[:, None] if where.shape[0] > 1 else 0
+    column = ids if where.shape[1] > 1 else 0
+    otherwise = where.at[row, column].get(mode="fill", fill_value=False)
+    return kept - jnp.sum((ids < num_labels) & first & otherwise, axis=1, dtype=dtype)
+
+
+def row_scale(
+    weight: jax.Array | None,
+    kept: jax.Array | None,
+    lead: tuple[int, ...],
+    num_labels: int,
+    dtype: Any,
+    reduction: str,
+) -> jax.Array:
+    """The factor of each row in the total: its weight over the divisor of the reduction."""
+    batch = math.prod(lead)
+    scale = own = jnp.ones(batch, dtype) if weight is None else weight
+    if kept is None:
+        sizes = {"mean": (batch, num_labels), "weighted_mean": (num_labels,), "batchmean": lead[:1]}
+        for size in sizes.get(reduction, ()):
+            scale = scale * one_over(size, dtype)
+    elif reduction == "mean":
+        scale = scale * inverse(jnp.sum(kept))
+    elif reduction == "batchmean":
+        entries = jnp.any(kept.reshape(lead) != 0, axis=tuple(range(1, len(lead))))
+        scale = scale * inverse(jnp.sum(entries, dtype=dtype))
+    if reduction == "weighted_mean":
+        scale = scale * inverse(jnp.sum(own if kept is None else own * kept))
+    return scale

@@ -96,6 +96,10 @@ def asymmetric(gamma_neg=4.0, gamma_pos=1.0, clip=0.05, **fields):
     )
 
 
+def of_one_logit(logit, label, pos_weight=1.0):
+    return jaxbce.sigmoid_binary_cross_entropy(logit, label, pos_weight=pos_weight)
+
+
 def from_positives(scores, labels, *, reduction="mean", **options):
     """Hard labels as the ids of the positives; a lone logit is a row of one label."""
     rows, labels = jnp.atleast_1d(scores, labels)
@@ -132,6 +136,13 @@ LOSSES = [
         oracle.bce_with_logits,
         pos_weight=True,
         smoothing=False,
+        own_kernel=False,
+    ),
+    Loss(
+        "Loss",
+        jaxbce.Loss(of_one_logit, ("pos_weight",)),
+        oracle.bce_with_logits,
+        pos_weight=True,
         own_kernel=False,
     ),
     Loss(

@@ -2,7 +2,7 @@
 
     python tests/mutants.py                       # every mutant of the modules in TESTS
     python tests/mutants.py _reduce --sample 20   # a random 20 of one module
-    python tests/mutants.py _kernels --list       # what would be changed, without running it
+    python tests/mutants.py _math --list       # what would be changed, without running it
 
 A mutant is a copy of the package with one operator, comparison, constant or order of arguments
 changed, found in the syntax tree: nothing here follows the code. Each runs the tests of its module
@@ -36,14 +36,20 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # Module: the files whose tests must notice, the fastest judge first.
 TESTS = {
-    "_kernels": ["test_functions", "test_accuracy", "test_backends", "test_focal", "test_losses"],
+    "_math": ["test_functions", "test_accuracy", "test_backends", "test_focal", "test_losses"],
     "_reduce": ["test_losses", "test_linear_loss", "test_placement", "test_linear"],
-    "_linear": ["test_linear", "test_linear_loss", "test_update", "test_sharding"],
-    "_operands": ["test_linear", "test_linear_loss"],
-    "_update": ["test_update"],
-    "_focal": ["test_focal", "test_losses"],
-    "_losses": ["test_losses", "test_checks"],
-    "_labels": ["test_labels", "test_placement"],
+    "_loss": ["test_losses", "test_own_losses", "test_checks"],
+    "_losses.bce": ["test_accuracy", "test_losses"],
+    "_losses.probabilities": ["test_accuracy", "test_losses", "test_float64"],
+    "_losses.focal": ["test_focal", "test_losses", "test_float64"],
+    "_losses.asymmetric": ["test_focal", "test_losses", "test_float64"],
+    "_head.chunks": ["test_linear", "test_linear_loss", "test_update", "test_sharding"],
+    "_head.top_k": ["test_linear", "test_sharding"],
+    "_head.arguments": ["test_linear", "test_linear_loss"],
+    "_head.update": ["test_update"],
+    "_head.optimizers": ["test_update"],
+    "_labels.ids": ["test_labels", "test_placement"],
+    "_labels.balance": ["test_labels", "test_placement"],
     "_checks": ["test_checks", "test_labels", "test_losses"],
 }
 
@@ -85,13 +91,13 @@ EQUIVALENT = {
     "softplus_value: x > 0 -> x >= 0": "at 0 both are the same",
     "sigmoid_mix_value: x >= 0 -> x > 0": "at 0 the tail is (a + b) / 2",
     "sigmoid_minus_value: x >= 0 -> x > 0": "at 0 the tail is 1 / 2",
-    "sigmoid_excess_value: jnp.abs(x) < 1 -> jnp.abs(x) <= 1": "at 1 both forms hold",
-    "sigmoid_excess_value: jnp.clip(x, -1, 1) -> jnp.clip(x, -1, 2)": "beyond 1 it is not taken",
-    "sigmoid_excess_value: -1 -> -2": "beyond -1 it is not taken",
-    "sigmoid_excess_value: x < 0 -> x <= 0": "at 0 it is not taken",
-    "sigmoid_excess_value: x < 0 -> x < 1": "up to 1 it is not taken",
-    "bce_with_logits_value: x > 0 -> x >= 0": "at 0 it is multiplied by 0",
-    "unshared_value: x < 0 -> x <= 0": "the sign of 0 has no part in a derivative",
+    "tanh_half_value: jnp.abs(x) < 1 -> jnp.abs(x) <= 1": "at 1 both forms hold",
+    "tanh_half_value: jnp.clip(x, -1, 1) -> jnp.clip(x, -1, 2)": "beyond 1 it is not taken",
+    "tanh_half_value: -1 -> -2": "beyond -1 it is not taken",
+    "tanh_half_value: x < 0 -> x <= 0": "at 0 it is not taken",
+    "tanh_half_value: x < 0 -> x < 1": "up to 1 it is not taken",
+    "value: x > 0 -> x >= 0": "at 0 it is multiplied by 0",
+    "recomputed_value: x < 0 -> x <= 0": "the sign of 0 has no part in a derivative",
     "inverse_spread_partials: p * (1 - p) > 1e-12 -> p * (1 - p) >= 1e-12": "at its bound",
     "mark: local < size -> local <= size": "at `size` it is dropped",
     "chunk_pass: jnp.where(jnp.any(keep, axis=0)[None], chunk['kernel'], 0) -> "
@@ -160,9 +166,13 @@ def skipped(tree: ast.Module) -> set[ast.AST]:
     return {child for node in nodes for child in ast.walk(node)}
 
 
+def path_of(module: str) -> pathlib.Path:
+    return pathlib.Path("jaxbce", *module.split(".")).with_suffix(".py")
+
+
 def mutants(module: str) -> Iterator[tuple[str, str, str]]:
     """(where, what is changed, the whole source)."""
-    tree = ast.parse((ROOT / "jaxbce" / f"{module}.py").read_text())
+    tree = ast.parse((ROOT / path_of(module)).read_text())
     left_out = skipped(tree)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     owner = {node: function.name for function in functions for node in ast.walk(function)}
@@ -195,7 +205,7 @@ def run_tests(module: str, source: str, *options: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         package = pathlib.Path(folder) / "jaxbce"
         shutil.copytree(ROOT / "jaxbce", package)
-        (package / f"{module}.py").write_text(source)
+        (pathlib.Path(folder) / path_of(module)).write_text(source)
         sys.path[:0] = [folder, str(ROOT / "tests")]
         os.chdir(ROOT)
         files = [f"tests/{name}.py" for name in TESTS[module]]
@@ -206,7 +216,7 @@ def run_tests(module: str, source: str, *options: str) -> int:
 
 def collects(module: str) -> bool:
     """Whether the tests can be run at all, so that an error of pytest is no killed mutant."""
-    source = (ROOT / "jaxbce" / f"{module}.py").read_text()
+    source = (ROOT / path_of(module)).read_text()
     return run_tests(module, source, "--collect-only") == pytest.ExitCode.OK
 
 

@@ -156,6 +156,19 @@ def test_gradients_of_the_other_arguments(q, forward_mode):
     assert relative_error(by_weight, expected).max() <= 4 * EPS
 
 
+@pytest.mark.parametrize("label", [0.0, 1.0, 0.25], ids="label={}".format)
+def test_curvature_of_probabilities(label, rng):
+    """(1 - y) / (1 - p)² + y / p², also where p is near its hard label."""
+    p = np.concatenate([rng.random(2**16), 10 ** rng.uniform(-10, -1, 2**10)]).astype(np.float32)
+    p = np.concatenate([p, 1 - p])
+    p = p[(p > 0) & (p < 1)]
+    curvature = jax.grad(lambda p, y: jax.grad(jaxbce.bce)(p, y))
+    got = jax.jit(jax.vmap(curvature, (0, None)))(p, label)
+    exact_p = np.float64(p)
+    expected = (1 - label) / (1 - exact_p) ** 2 + label / exact_p**2
+    assert relative_error(got, expected).max() <= 4 * EPS
+
+
 def test_the_mean_of_many(rng):
     """The sum of 2^23 losses keeps its accuracy."""
     x = np.float32(rng.normal(0, 3, (8192, 1024)))

@@ -5,7 +5,7 @@ import re
 
 import jax
 import pytest
-from test_package import MODULES, imported_from_jaxbce, public_objects
+from test_package import IMPORTS, public_objects
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -75,16 +75,17 @@ def test_the_reference_has_every_public_name():
 
 
 def test_the_picture_of_the_modules_is_true():
-    """It and its text have every module, each above all that it imports."""
+    """It and its text have every room, each above all that it imports."""
     names = r'class="name" x="\d+" y="(\d+)">(\w+)<'
     picture = re.findall(names, (ROOT / "docs/architecture.svg").read_text())
     heights = {name: int(y) for y, name in picture}
     page = (ROOT / "docs/architecture.md").read_text()
     table = re.findall(r"^\| \d \| `(\w+)` \|", page, re.MULTILINE)
-    assert sorted(heights) == sorted(table) == MODULES
-    for module in MODULES:
-        assert all(heights[module] < heights[used] for used in imported_from_jaxbce(module))
+    assert sorted(heights) == sorted(table) == sorted(IMPORTS)
+    for room, used in IMPORTS.items():
+        assert all(heights[room] < heights[each] for each in used)
 
 
 def test_the_readme_is_short():
-    assert len(README.splitlines()) < 200
+    """Rows of its tables apart: a new loss has one."""
+    assert sum(not line.startswith("|") for line in README.splitlines()) < 160

@@ -97,6 +97,7 @@ ASYMMETRIC = [
     {"gamma_neg": 0.5, "gamma_pos": 0.5, "clip": 0.0},
     {"gamma_neg": 2.0, "gamma_pos": 5.0, "clip": 0.0},
     {"gamma_neg": 0.5, "gamma_pos": 0.0, "clip": 0.2},
+    {"gamma_neg": 2.0, "gamma_pos": 1.0, "clip": 0.99},
 ]
 every_setting = pytest.mark.parametrize(
     "options", ASYMMETRIC, ids="{0[gamma_neg]}-{0[gamma_pos]}-{0[clip]}".format
@@ -445,6 +446,17 @@ def test_the_gradient_of_gamma_is_finite_in_the_tails(gamma, label):
             p = oracle.sigmoid(np.float64(x if label == 0 else -x))
             expected = p**gamma * oracle.softplus(np.float64(x if label == 0 else -x)) * np.log(p)
             np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-30)
+
+
+def test_the_gradient_of_gamma_for_nearly_hard_labels():
+    """Of a hard example 1 - p_t rounds to 1; its logarithm is still -p_t, to all digits."""
+    x, y = np.float32([(x, y) for x in (5, 16, 40, 80) for y in (1e-3, 1e-6, 1e-9)]).T
+    x, y = np.concatenate([x, -x]), np.concatenate([y, 1 - y])
+    got = jax.vmap(jax.grad(lambda gamma, x, y: focal(x, y, gamma=gamma)), (None, 0, 0))(2.0, x, y)
+    x, y = np.float64(x), np.float64(y)
+    p_t = (1 - y) * oracle.sigmoid(-x) + y * oracle.sigmoid(x)
+    expected = (1 - p_t) ** 2 * oracle.bce_value(x, y) * np.log1p(-p_t)
+    np.testing.assert_allclose(got, expected, rtol=8 * EPS)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0], ids="gamma={}".format)

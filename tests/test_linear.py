@@ -18,7 +18,7 @@ from heads import (
 )
 
 import jaxbce
-from jaxbce import _linear
+from jaxbce._head import chunks
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
@@ -471,7 +471,7 @@ def test_one_chunk_takes_no_loop(rng):
 )
 def test_default_chunk(backend, batch, num_labels, expected, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert _linear.default_chunk_size(batch, num_labels) == expected
+    assert chunks.default_chunk_size(batch, num_labels) == expected
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])

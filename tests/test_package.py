@@ -14,44 +14,26 @@ import jaxbce.nnx
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxbce"
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")
+)
 
-# Which modules a module may import from jaxbce.
+# What a room may import from jaxbce: each folder or module stands on those above it.
 IMPORTS = {
-    "_kernels": set(),
-    "_checks": set(),
+    "_math": set(),
+    "_program": set(),
     "_placement": set(),
-    "_reduce": {"_kernels"},
+    "_checks": set(),
+    "_debug": {"_checks"},
+    "_reduce": {"_math"},
+    "_functions": {"_checks", "_math", "_placement"},
     "_labels": {"_checks", "_placement"},
-    "_losses": {"_kernels", "_checks", "_labels", "_placement", "_reduce"},
-    "_focal": {"_kernels", "_losses", "_checks"},
-    "_functions": {"_checks", "_kernels", "_placement"},
-    "_linear": {"_kernels"},
-    "_sharding": {"_checks", "_linear", "_placement"},
-    "_operands": {"_checks", "_kernels", "_linear", "_placement", "_reduce"},
-    "_head": {"_checks", "_reduce", "_linear", "_operands", "_placement", "_sharding"},
-    "_siglip": {"_checks", "_kernels", "_reduce", "_linear", "_placement", "_sharding"},
-    "_update": {
-        "_checks",
-        "_kernels",
-        "_linear",
-        "_operands",
-        "_placement",
-        "_reduce",
-        "_sharding",
+    "_loss": {"_checks", "_labels", "_math", "_placement", "_program", "_reduce"},
+    "_losses": {"_checks", "_loss", "_math", "_reduce"},
+    "_head": {
+        *("_checks", "_loss", "_losses", "_math", "_placement", "_program", "_reduce"),
     },
-    "_module": {"_losses", "_checks", "_reduce"},
-    "__init__": {
-        "_checks",
-        "_focal",
-        "_functions",
-        "_head",
-        "_labels",
-        "_losses",
-        "_module",
-        "_siglip",
-        "_update",
-    },
+    "__init__": {"_debug", "_functions", "_head", "_labels", "_loss", "_losses"},
     "nnx": set(),
 }
 
@@ -122,31 +104,46 @@ def test_public_functions_share_their_arguments():
         assert names == own + [name for name in order if name in names]
 
 
+def source(module):
+    return (PACKAGE / module.replace(".", "/")).with_suffix(".py").read_text()
+
+
 def imported_from_jaxbce(module):
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "jaxbce":
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxbce."):
-            yield node.module.removeprefix("jaxbce.")
+    """The modules, dotted, that one imports."""
+    for node in ast.walk(ast.parse(source(module))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "jaxbce":
+            within = node.module.removeprefix("jaxbce").removeprefix(".")
+            for alias in node.names:
+                name = f"{within}.{alias.name}".removeprefix(".")
+                yield name if name in MODULES else within or name
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_run_one_way(module):
-    assert set(imported_from_jaxbce(module)) <= IMPORTS[module]
+    """Between the rooms as IMPORTS says, and within a room without a circle."""
+    room = module.split(".")[0]
+    imported = {name.split(".")[0] for name in imported_from_jaxbce(module)}
+    assert imported - {room} <= IMPORTS[room]
+    seen, ahead = set(), {module}
+    while ahead:
+        seen |= ahead
+        ahead = {own for each in ahead for own in imported_from_jaxbce(each) if own in MODULES}
+        assert module not in ahead
+        ahead -= seen
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_module_says_what_it_is(module):
-    name = "jaxbce" if module == "__init__" else f"jaxbce.{module}"
+    name = f"jaxbce.{module}".removesuffix(".__init__").removesuffix("__init__").rstrip(".")
     assert importlib.import_module(name).__doc__
 
 
 def test_only_public_jax():
     for module in MODULES:
-        source = (PACKAGE / f"{module}.py").read_text()
-        assert "jax._src" not in source
-        assert "type: ignore" not in source
-        assert "noqa" not in source
+        text = source(module)
+        assert "jax._src" not in text
+        assert "type: ignore" not in text
+        assert "noqa" not in text
 
 
 def test_a_fresh_import_pulls_in_neither_flax_nor_optax():

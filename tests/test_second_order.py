@@ -49,6 +49,7 @@ CASES = [(loss, *SOME) for loss in LOSSES]
 CASES += [("bce", "one", "chunks", r) for r in ("mean", "weighted_mean", "batchmean", "none")]
 CASES += [("bce", "all", place, r) for place in PLACES for r in ("sum", "none")]
 CASES += [("own", "all", "labels on a mesh", "mean")]
+CASES += [(loss, "one", "chunks", "none") for loss in ("focal", "asymmetric")]
 
 
 def head_of(loss, place, reduction):
@@ -98,6 +99,7 @@ def curved(loss):
     return total
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("loss", "weight", "place", "reduction"), CASES, ids=["-".join(case) for case in CASES]
 )
@@ -126,6 +128,7 @@ def test_where_a_weight_is_zero(loss, weight, place, reduction, rng):
     assert_close(got, expected, 2e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_two_pullbacks_are_a_pushforward(place, reduction, rng):

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from programs import collectives
 
 import jaxbce
-from jaxbce import _update
+from jaxbce._head import update as update_module
 from jaxbce.nnx import MultiLabelHead
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -231,7 +231,9 @@ def apart(optimizer, arguments, steps=3, loss=head):
         value, (slopes, by_features) = jax.value_and_grad(of, (0, 1))(params, features)
         with jax.numpy_dtype_promotion("standard"):
             updates, state = optimizer.update(slopes, state, params)
-        return _update.LinearUpdate(value, by_features, optax.apply_updates(params, updates), state)
+        return update_module.LinearUpdate(
+            value, by_features, optax.apply_updates(params, updates), state
+        )
 
     return last_of(steps, step, params, optimizer.init(params))
 
@@ -365,7 +367,7 @@ every_narrow_dtype = pytest.mark.parametrize(
 def rounded_in_every_way(value, dtype):
     noise = jnp.arange(2**16, dtype=jnp.uint32)
     noise = noise.astype(jnp.uint16) if dtype == jnp.bfloat16 else noise << 16
-    values = _update.round_with(noise, jnp.full(2**16, value, np.float32), dtype)
+    values = update_module.round_with(noise, jnp.full(2**16, value, np.float32), dtype)
     assert values.dtype == dtype
     return np.asarray(values, np.float64)
 
@@ -414,7 +416,7 @@ def test_what_is_narrow_already_stays(dtype):
     noise = jax.random.bits(jax.random.key(0), values.shape, jnp.uint32)
     if dtype == jnp.bfloat16:
         noise = noise.astype(jnp.uint16)
-    got = _update.round_with(noise, jnp.asarray(np.asarray(values, np.float32)), dtype)
+    got = update_module.round_with(noise, jnp.asarray(np.asarray(values, np.float32)), dtype)
     np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(values, np.float32))
 
 
@@ -584,6 +586,7 @@ def read(optimizer, rng, **options):
     return jax.eval_shape(step, params, jax.eval_shape(optimizer.init, params))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("hidden", HIDING.values(), ids=HIDING)
 @pytest.mark.parametrize("optimizer", MIXING.values(), ids=MIXING)
 def test_an_optimizer_that_mixes_elements_is_refused(optimizer, hidden, rng):
@@ -598,6 +601,7 @@ def test_an_optimizer_that_mixes_elements_is_refused(optimizer, hidden, rng):
         read(hidden(optimizer), rng)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("optimizer", WELCOME.values(), ids=WELCOME)
 @pytest.mark.parametrize("chunk_size", [None, 1, 3], ids=str)
 def test_an_optimizer_that_treats_elements_apart_is_welcome(optimizer, chunk_size, rng):

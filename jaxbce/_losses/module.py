@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxbce import _checks, _reduce
-from jaxbce._losses import bce_with_logits
+from jaxbce._losses.bce import bce_with_logits
 
 
 @jax.tree_util.register_pytree_node_class
@@ -70,7 +70,7 @@ class BCEWithLogitsLoss:
         smoothing = _checks.static_number(
             name, "label_smoothing", self.label_smoothing, "in [0, 1]", 0, above
         )
-        arrays = _checks.admit(name, weight=self.weight, pos_weight=self.pos_weight)
+        arrays = _checks.jit_arguments(name, weight=self.weight, pos_weight=self.pos_weight)
         for field, value in zip(
             ("weight", "pos_weight", "label_smoothing"),
             (*map(_constant, arrays), smoothing),

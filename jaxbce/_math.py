@@ -2,7 +2,7 @@
 
 Every function here takes scalars; `over` lifts it to arrays. A loss is written as `<op>_value` and
 its derivatives `<op>_partials`, of which `with_jvp` makes a function for forward and reverse mode.
-`keep_inputs` makes of that one that keeps nothing but its inputs for the backward pass. In the
+`rematerialised` makes of that one that keeps nothing but its inputs for the backward pass. In the
 functions of logits JAX never differentiates through an `abs`, a `max` or a `where`, so their
 derivatives are right at logit 0, in both tails and at every order.
 
@@ -25,6 +25,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 HIGHEST = lax.AccuracyMode.HIGHEST
+WHOLE = range(9)  # exponents of powers that are multiplied out, to a few ULP
 
 Kernel = Callable[..., jax.Array]
 Partials = Callable[..., tuple[jax.Array | None, ...]]
@@ -56,7 +57,7 @@ def with_jvp(value: Kernel, partials: Partials) -> Kernel:
     return kernel
 
 
-def keep_inputs(fn: Kernel, prepare: Kernel | None = None) -> Kernel:
+def rematerialised(fn: Kernel, prepare: Kernel | None = None) -> Kernel:
     """`fn` in reverse mode alone, with its inputs as the only residuals.
 
     The backward pass computes with `prepare` of the first input, which must be equal to it.
@@ -88,16 +89,29 @@ def over(kernel: Kernel, ndim: int) -> Kernel:
     return kernel
 
 
-def annihilate_value(coefficient: jax.Array, value: jax.Array) -> jax.Array:
+def multiply_no_nan_value(coefficient: jax.Array, value: jax.Array) -> jax.Array:
     return jnp.where(coefficient == 0, 0, coefficient * value)
 
 
-def annihilate_partials(coefficient: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+def multiply_no_nan_partials(
+    coefficient: jax.Array, value: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     return value, coefficient
 
 
 # coefficient · value, of which a coefficient of 0 annihilates an infinite value
-annihilate = with_jvp(annihilate_value, annihilate_partials)
+multiply_no_nan = with_jvp(multiply_no_nan_value, multiply_no_nan_partials)
+
+
+# product(a, b) = a b, where an a of 0 annihilates an infinite b. So does its slope, which is taken
+# to be 0 there: in a loss, b is infinite at infinite logits only, and a then constant
+
+
+def product_partials(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.where(jnp.isinf(b), 0, b), a
+
+
+product = with_jvp(multiply_no_nan_value, product_partials)
 
 
 def exp(x: jax.Array) -> jax.Array:
@@ -222,7 +236,7 @@ def sigmoid(x: jax.Array) -> jax.Array:
     return sigmoid_minus(x, jnp.zeros_like(x))
 
 
-# sigmoid'(x) = sigmoid(x) sigmoid(-x), and sigmoid''(x) = -sigmoid'(x) sigmoid_excess(x)
+# sigmoid'(x) = sigmoid(x) sigmoid(-x), and sigmoid''(x) = -sigmoid'(x) tanh_half(x)
 
 
 def sigmoid_slope_value(x: jax.Array) -> jax.Array:
@@ -231,126 +245,58 @@ def sigmoid_slope_value(x: jax.Array) -> jax.Array:
 
 
 def sigmoid_slope_partials(x: jax.Array) -> tuple[jax.Array]:
-    return (-sigmoid_slope(x) * sigmoid_excess(x),)
+    return (-sigmoid_slope(x) * tanh_half(x),)
 
 
 sigmoid_slope = with_jvp(sigmoid_slope_value, sigmoid_slope_partials)
 
 
-# sigmoid_excess(x) = sigmoid(x) - sigmoid(-x) = tanh(x / 2), also right near 0
+# tanh_half(x) = sigmoid(x) - sigmoid(-x) = tanh(x / 2), also right near 0
 
 
-def tanh_fraction(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """n and d with tanh(x / 2) = n / d, for |x| <= 1 to 1e-10.
+# n and d with tanh(x / 2) = n / d, for |x| <= 1: the continued fraction x / (2 + x² / (6 + x² /
+# (10 + ...))) down to 18, to 1e-10, and for float64 down to 30, to 2e-19
 
-    The continued fraction x / (2 + x² / (6 + x² / (10 + x² / (14 + x² / 18)))).
-    """
+
+def short_fraction(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     z = x * x
     return x * (15120 + z * (420 + z)), 30240 + z * (3360 + 30 * z)
 
 
-def sigmoid_excess_value(x: jax.Array) -> jax.Array:
+def long_fraction(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    z = x * x
+    n = x * (259459200 + z * (8648640 + z * (55440 + 72 * z)))
+    return n, 518918400 + z * (60540480 + z * (831600 + z * (2520 + z)))
+
+
+def tanh_fraction(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return long_fraction(x) if x.dtype == jnp.float64 else short_fraction(x)
+
+
+def tanh_half_value(x: jax.Array) -> jax.Array:
     near = quotient(*tanh_fraction(jnp.clip(x, -1, 1)))
     far = 1 - 2 * sigmoid_tail(x)  # which cancels near 0
     return jnp.where(jnp.abs(x) < 1, near, jnp.where(x < 0, -far, far))
 
 
-def sigmoid_excess_partials(x: jax.Array) -> tuple[jax.Array]:
+def tanh_half_partials(x: jax.Array) -> tuple[jax.Array]:
     return (2 * sigmoid_slope(x),)
 
 
-sigmoid_excess = with_jvp(sigmoid_excess_value, sigmoid_excess_partials)
+tanh_half = with_jvp(tanh_half_value, tanh_half_partials)
 
 
-# unshared(x) = x, for the derivatives of a loss: what they and the loss share, XLA would write to
+# recomputed(x) = x, for the derivatives of a loss: what they and the loss share, XLA would write to
 # memory. It does not know that the two are equal.
 
 
-def unshared_value(x: jax.Array) -> jax.Array:
+def recomputed_value(x: jax.Array) -> jax.Array:
     magnitude = jnp.maximum(x, -x)
     return jnp.where(x < 0, -magnitude, magnitude)
 
 
-def unshared_partials(x: jax.Array) -> tuple[jax.Array]:
+def recomputed_partials(x: jax.Array) -> tuple[jax.Array]:
     return (jnp.ones_like(x),)
 
 
-unshared = with_jvp(unshared_value, unshared_partials)
-
-
-# loss(x, y, q) = (1 - y) softplus(x) + q y softplus(-x), with q = 1 for None
-#
-# ∂/∂x = (1 - y) sigmoid(x) - q y sigmoid(-x)
-# ∂/∂y = -softplus(x) + q softplus(-x)        (one log1p, times q - 1: exact near x = 0)
-# ∂/∂q = y softplus(-x)
-
-
-def bce_with_logits_value(x: jax.Array, y: jax.Array, q: jax.Array | None = None) -> jax.Array:
-    if q is None:
-        return linear_and_curved(x, jnp.where(x > 0, 1 - y, y), 1)
-    return softplus_mix_value(x, 1 - y, annihilate(y, q))
-
-
-def bce_with_logits_partials(
-    x: jax.Array, y: jax.Array, q: jax.Array | None = None
-) -> tuple[jax.Array | None, ...]:
-    if q is None:
-        return sigmoid_minus(x, y), -x, None
-    d_labels = softplus_mix(x, -jnp.ones_like(x), q)
-    by_weight = softplus_mix(x, jnp.zeros_like(x), y)
-    return sigmoid_mix(x, 1 - y, annihilate(y, q)), d_labels, by_weight
-
-
-bce_with_logits_forward = with_jvp(bce_with_logits_value, bce_with_logits_partials)
-bce_with_logits = keep_inputs(bce_with_logits_forward)
-
-
-# loss(p, y) = -y max(log p, -100) - (1 - y) max(log(1 - p), -100)
-#
-# ∂/∂p = (p - y) / max(p (1 - p), 1e-12)      (PyTorch's convention: finite at 0 and 1)
-# ∂/∂y = -log_odds(p), the difference of the two clamped logarithms
-
-
-def clamped_log(p: jax.Array) -> jax.Array:
-    return jnp.maximum(log(p), -100)
-
-
-def clamped_log1m(p: jax.Array) -> jax.Array:
-    return jnp.maximum(lax.log1p(-p, accuracy=HIGHEST), -100)
-
-
-# inverse_spread(p) = 1 / max(p (1 - p), 1e-12)
-
-
-def inverse_spread_value(p: jax.Array) -> jax.Array:
-    return quotient(jnp.ones_like(p), jnp.maximum(p * (1 - p), 1e-12))
-
-
-def inverse_spread_partials(p: jax.Array) -> tuple[jax.Array]:
-    inverse = inverse_spread(p)
-    return (jnp.where(p * (1 - p) > 1e-12, (2 * p - 1) * inverse * inverse, 0),)
-
-
-inverse_spread = with_jvp(inverse_spread_value, inverse_spread_partials)
-
-
-def log_odds_value(p: jax.Array) -> jax.Array:
-    return clamped_log(p) - clamped_log1m(p)
-
-
-def log_odds_partials(p: jax.Array) -> tuple[jax.Array]:
-    return (inverse_spread(p),)
-
-
-log_odds = with_jvp(log_odds_value, log_odds_partials)
-
-
-def bce_value(p: jax.Array, y: jax.Array) -> jax.Array:
-    return -(y * clamped_log(p) + (1 - y) * clamped_log1m(p))
-
-
-def bce_partials(p: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return (p - y) * inverse_spread(p), -log_odds(p)
-
-
-bce = keep_inputs(with_jvp(bce_value, bce_partials))
+recomputed = with_jvp(recomputed_value, recomputed_partials)

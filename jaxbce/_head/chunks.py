@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxbce import _kernels
+from jaxbce import _math
+from jaxbce._loss import Loss
 
 Gradients = dict[str, Any]  # of every float operand that is given, whatever is wanted
 Candidates = tuple[jax.Array, jax.Array]  # logits of each row and their labels
@@ -44,9 +45,9 @@ class Operands(NamedTuple):
 LABELLED = ("kernel", "bias", "labels", "per_label")  # one column, or number, per label
 
 
-def product(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+def matmul(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
     dimensions = (((axis_a,), (axis_b,)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=_kernels.accumulator(a))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=_math.accumulator(a))
 
 
 def differentiable(operands: Operands) -> tuple[str, ...]:
@@ -69,17 +70,17 @@ def chunk_logits(
 ) -> tuple[jax.Array, jax.Array]:
     """The logits of a chunk, and its kernel in the dtype of the product."""
     kernel = kernel.astype(features.dtype)
-    logits = product(features, kernel, 1, 0)
+    logits = matmul(features, kernel, 1, 0)
     return (logits if bias is None else logits + bias[None].astype(logits.dtype)), kernel
 
 
-def mark(ids: jax.Array, first: jax.Array | int, size: int, value: int) -> jax.Array:
-    """`value` at the ids of each row among the labels first, ..., first + size − 1, 1 elsewhere."""
+def multi_hot_of_chunk(ids: jax.Array, first: jax.Array | int, size: int) -> jax.Array:
+    """1 at the ids of each row among the labels first, ..., first + size − 1, 0 elsewhere."""
     local = ids - first
     # One past the end is dropped; a negative index would wrap around even so.
     local = jnp.where((local >= 0) & (local < size), local, size)
     rows = jnp.arange(ids.shape[0])[:, None]
-    return jnp.ones((ids.shape[0], size), jnp.int8).at[rows, local].set(value, mode="drop")
+    return jnp.zeros((ids.shape[0], size), jnp.int8).at[rows, local].set(1, mode="drop")
 
 
 def chunk_mask(
@@ -90,60 +91,30 @@ def chunk_mask(
     if keep is not None and keep.shape[1] != 1:
         keep = columns(keep, start, size)
     if operands.ignored is not None:
-        known = mark(operands.ignored, first, size, 0) != 0
+        known = multi_hot_of_chunk(operands.ignored, first, size) == 0
         keep = known if keep is None else known & keep
     return keep
 
 
-# The losses of a chunk, of arrays [batch, chunk]: its logits, its labels (or −1 at the positives
-# and 1 elsewhere, as `signs`), the numbers of its labels, and label smoothing.
-ChunkLoss = Callable[..., jax.Array]
-
-
-def bce(
-    signs: jax.Array | None,
-    logits: jax.Array,
-    labels: jax.Array | None = None,
-    per_label: tuple[jax.Array, ...] = (),
-    label_smoothing: jax.Array | None = None,
-) -> jax.Array:
-    (pos_weight,) = per_label or (None,)
-    if labels is None:
-        assert signs is not None
-        if pos_weight is None and label_smoothing is None:
-            return _kernels.over(_kernels.softplus, 2)(signs * logits)
-        labels = jnp.maximum(-signs, 0)
-    if label_smoothing is not None:
-        labels = labels * (1 - label_smoothing) + label_smoothing / 2
-    return _kernels.over(_kernels.bce_with_logits_forward, 2)(logits, labels, pos_weight)
-
-
 @dataclasses.dataclass(frozen=True)
-class OwnLoss:
-    """A user's function of logits and labels [rows, chunk] and of numbers [chunk] per label.
+class ChunkLoss:
+    """The loss of a chunk: of its logits, its labels and the numbers of its labels."""
 
-    Row by row, so that the slope of what all rows share can be masked in each of them.
-    """
+    loss: Loss | Callable[..., jax.Array]  # a function takes [rows, chunk] and numbers [chunk]
+    given: tuple[str, ...] = ()  # the parameters of a `Loss` that `per_label` holds
+    program: Hashable = ()  # what a user's loss does: a part of what a compiled pass is known by
 
-    loss: Callable[..., jax.Array]
-    program: Hashable  # what it does, with its numbers: a part of what a compiled pass is known by
-
-    def __call__(
-        self,
-        signs: jax.Array | None,
-        logits: jax.Array,
-        labels: jax.Array | None = None,
-        per_label: tuple[jax.Array, ...] = (),
-    ) -> jax.Array:
-        if labels is None:
-            assert signs is not None
-            labels = jnp.maximum(-signs, 0)
-
-        def row(logits: jax.Array, labels: jax.Array, *per_label: jax.Array) -> jax.Array:
-            return self.loss(logits[None], labels[None], *per_label)[0]
-
-        losses: jax.Array = jax.vmap(row)(logits, labels, *per_label)
+    def __call__(self, logits: jax.Array, labels: jax.Array, *per_label: jax.Array) -> jax.Array:
+        """All of them are [rows, chunk]."""
+        if isinstance(self.loss, Loss):
+            losses = self.loss.mapped(2, self.given)(logits, labels, *per_label)
+        else:
+            losses = jax.vmap(self.row)(logits, labels, *per_label)
         return losses.astype(logits.dtype)
+
+    def row(self, logits: jax.Array, labels: jax.Array, *per_label: jax.Array) -> jax.Array:
+        """Row by row, so that the slope of what all rows share can be masked in each of them."""
+        return self.loss(logits[None], labels[None], *per_label)[0]
 
 
 def replaced(
@@ -167,7 +138,7 @@ def gradient_dtype(operand: jax.Array) -> Any:
 
     Under a loss scale most of a gradient would be 0 in float16 before it is multiplied.
     """
-    return _kernels.accumulator(operand) if operand.dtype == jnp.float16 else operand.dtype
+    return _math.accumulator(operand) if operand.dtype == jnp.float16 else operand.dtype
 
 
 def chunk_pass(
@@ -194,11 +165,11 @@ def chunk_pass(
         # A column that no row keeps may hold NaN, which a product with 0 would let through.
         chunk["kernel"] = jnp.where(jnp.any(keep, axis=0)[None], chunk["kernel"], 0)
     logits, kernel = chunk_logits(operands.features, chunk["kernel"], chunk["bias"])
-    signs, elements = None, dict[str, Any](logits=logits)
-    if operands.positives is not None:
-        signs = mark(operands.positives, offset + start, size, -1).astype(logits.dtype)
+    if operands.positives is None:
+        labels = chunk["labels"]
     else:
-        elements["labels"] = chunk["labels"].astype(logits.dtype)
+        labels = multi_hot_of_chunk(operands.positives, offset + start, size)
+    elements = {"logits": logits, "labels": labels.astype(logits.dtype)}
     # Unlike `broadcast_to`, sums vary over the same axes of a mesh as the logits.
     zeros = jnp.zeros_like(logits)
     if operands.per_label:
@@ -212,15 +183,22 @@ def chunk_pass(
 
     def masked_loss(elements: Any) -> jax.Array:
         # Replaced before anything is computed of them, so that no NaN reaches a derivative.
-        losses = loss(signs, **replaced(elements, keep, hidden))
+        shown = replaced(elements, keep, hidden)
+        labels, a = shown["labels"], shown.get("label_smoothing")
+        if a is not None:
+            labels = labels * (1 - a) + a / 2
+        losses = loss(shown["logits"], labels, *shown.get("per_label", ()))
         if hidden is not None:
             losses = jnp.where(hidden, jnp.inf, losses)  # `finite_rows` makes 0 of such a row
         return losses if keep is None else jnp.where(keep, losses, 0)
 
-    if not with_gradients:
-        return jnp.sum(masked_loss(elements), axis=1), {}
-
+    # Also where no gradient is wanted: the rule of a loss for reverse mode alone is then applied,
+    # and what is left has a derivative in forward mode.
     losses, pullback = jax.vjp(masked_loss, elements)
+    rows = jnp.sum(losses, axis=1)
+    if not with_gradients:
+        return rows, {}
+
     # The scale, of which the slopes are a linear function, is not compared with 0: that would lose
     # what a second derivative needs where it is 0, and could not be transposed.
     (slopes,) = pullback(zeros + operands.scale[:, None])
@@ -230,11 +208,10 @@ def chunk_pass(
         silent = infinite if silent is None else infinite | silent
     if silent is not None:  # a loss of the user's may have no derivative there
         slopes = jax.tree.map(lambda slope: jnp.where(silent, 0, slope), slopes)
-    rows = jnp.sum(losses, axis=1)
     slope = slopes["logits"].astype(kernel.dtype)
     gradients: Gradients = {
-        "features": product(slope, kernel, 1, 1),
-        "kernel": product(operands.features, slope, 0, 0),
+        "features": matmul(slope, kernel, 1, 1),
+        "kernel": matmul(operands.features, slope, 0, 0),
     }
     if operands.bias is not None:
         gradients["bias"] = jnp.sum(slopes["logits"], axis=0)
@@ -323,11 +300,6 @@ class OneDevice:
         """`pass_over` writes `columns`, which have a column for each label."""
         return pass_over(operands, columns, others, key, self.loss, self.chunk_size)
 
-    def top_k(
-        self, features: jax.Array, kernel: jax.Array, bias: jax.Array | None, k: int
-    ) -> Candidates:
-        return top_k_pass(features, kernel, bias, k, self.chunk_size)
-
 
 def finite_rows(rows: jax.Array, operands: Operands) -> jax.Array:
     """The loss of each row, of which a weight of 0 annihilates what is not finite."""
@@ -365,19 +337,19 @@ def cotangents(gradients: Gradients, operands: Operands) -> tuple[Operands]:
 # computed with the loss and multiplied by it. A higher derivative goes through that forward rule.
 
 
-def total_loss_impl(how: OneDevice, operands: Operands) -> jax.Array:
-    rows, _ = how.run(operands, False)
+def total_loss_impl(plan: OneDevice, operands: Operands) -> jax.Array:
+    rows, _ = plan.run(operands, False)
     return scaled_sum(rows, operands)
 
 
-def total_loss_fwd(how: OneDevice, operands: Operands) -> tuple[jax.Array, Any]:
-    rows, gradients = how.run(operands, True)
+def total_loss_fwd(plan: OneDevice, operands: Operands) -> tuple[jax.Array, Any]:
+    rows, gradients = plan.run(operands, True)
     gradients["scale"] = finite_rows(rows, operands)
     gradients["features"] = gradients["features"].astype(gradient_dtype(operands.features))
     return scaled_sum(rows, operands), (gradients, empty_operands(operands))
 
 
-def total_loss_bwd(how: OneDevice, residuals: Any, g: jax.Array) -> tuple[Operands]:
+def total_loss_bwd(plan: OneDevice, residuals: Any, g: jax.Array) -> tuple[Operands]:
     gradients, operands = residuals
     scaled = jax.tree.map(lambda gradient: g * gradient.astype(g.dtype), gradients)
     return cotangents(scaled, operands)
@@ -391,16 +363,16 @@ total_loss.defvjp(total_loss_fwd, total_loss_bwd)
 # gradients, so the backward pass computes them.
 
 
-def row_losses_impl(how: OneDevice, operands: Operands) -> jax.Array:
-    return how.run(operands, False)[0]
+def row_losses_impl(plan: OneDevice, operands: Operands) -> jax.Array:
+    return plan.run(operands, False)[0]
 
 
-def row_losses_fwd(how: OneDevice, operands: Operands) -> tuple[jax.Array, Operands]:
-    return row_losses_impl(how, operands), operands
+def row_losses_fwd(plan: OneDevice, operands: Operands) -> tuple[jax.Array, Operands]:
+    return row_losses_impl(plan, operands), operands
 
 
-def row_losses_bwd(how: OneDevice, operands: Operands, g: jax.Array) -> tuple[Operands]:
-    _, gradients = how.run(operands._replace(scale=g), True)
+def row_losses_bwd(plan: OneDevice, operands: Operands, g: jax.Array) -> tuple[Operands]:
+    _, gradients = plan.run(operands._replace(scale=g), True)
     return cotangents(gradients, operands)
 
 
@@ -421,42 +393,3 @@ def default_chunk_size(batch: int, num_labels: int) -> int:
     cells, most = (2**19, 2048) if jax.default_backend() == "cpu" else (2**23, 2**15)
     chunk_size = min(max(cells // max(batch, 1) // 128 * 128, 512), most)
     return num_labels if num_labels <= 2 * chunk_size else chunk_size
-
-
-def best(values: jax.Array, ids: jax.Array, k: int) -> Candidates:
-    """The k highest of the candidates of each row; of equal ones, the first."""
-    values, order = jax.lax.top_k(values, k)
-    return values, jnp.take_along_axis(ids, order, axis=1)
-
-
-def top_k_pass(
-    features: jax.Array, kernel: jax.Array, bias: jax.Array | None, k: int, chunk_size: int
-) -> Candidates:
-    """The k highest logits of each row and their labels; of equal ones, the lowest label first."""
-    num_labels = kernel.shape[1]
-    chunk_size = max(chunk_size, k)
-    whole = max(num_labels // chunk_size - 1, 0)
-    first = num_labels - whole * chunk_size
-
-    def best_of(start: jax.Array | int, size: int) -> Candidates:
-        part = columns(kernel, start, size)
-        logits, _ = chunk_logits(
-            features, part, None if bias is None else columns(bias, start, size)
-        )
-        values, ids = jax.lax.top_k(logits, k)
-        return values, ids + start
-
-    def step(found: Candidates, start: jax.Array) -> tuple[Candidates, None]:
-        # The lower labels come first, and `best` prefers the first of equal values.
-        values, ids = (
-            jnp.concatenate(pair, axis=1)
-            for pair in zip(found, best_of(start, chunk_size), strict=True)
-        )
-        return best(values, ids, k), None
-
-    # The first chunk also takes the labels left over; it holds at least k.
-    found = best_of(0, first)
-    if whole:  # `jax.disable_jit` refuses a loop of no turns
-        starts = first + jnp.arange(whole, dtype=jnp.int32) * chunk_size
-        found, _ = jax.lax.scan(step, found, starts)
-    return found

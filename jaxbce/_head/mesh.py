@@ -6,24 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from jaxbce import _checks, _linear, _placement
+from jaxbce import _checks, _placement
+from jaxbce._head import chunks
+from jaxbce._head.chunks import OneDevice
 
 Axis = str | tuple[str, ...] | None  # of a mesh; in a tuple the last is the finest
 
 
-def _names(axis: Axis) -> tuple[str, ...]:
+def names_of(axis: Axis) -> tuple[str, ...]:
     return axis if isinstance(axis, tuple) else () if axis is None else (axis,)
 
 
-Layer = tuple[jax.Array, jax.Array, jax.Array | None]  # features, kernel and bias
-
-
 @dataclasses.dataclass(frozen=True)
-class OnMesh(_linear.OneDevice):
+class OnMesh(OneDevice):
     """A pass over labels sharded over `label_axis` and rows sharded over `batch_axis`."""
 
     mesh: Mesh
@@ -64,12 +61,12 @@ class OnMesh(_linear.OneDevice):
         return jax.lax.axis_index(self.label_axis) * kernel.shape[1]
 
     def run(
-        self, operands: _linear.Operands, with_gradients: bool
-    ) -> tuple[jax.Array, _linear.Gradients]:
+        self, operands: chunks.Operands, with_gradients: bool
+    ) -> tuple[jax.Array, chunks.Gradients]:
         specs = self.specs()
-        names = _linear.differentiable(operands) if with_gradients else ()
+        names = chunks.differentiable(operands) if with_gradients else ()
 
-        def local(operands: _linear.Operands) -> tuple[jax.Array, _linear.Gradients]:
+        def local(operands: chunks.Operands) -> tuple[jax.Array, chunks.Gradients]:
             return self.local(operands, with_gradients)
 
         run = self.shard(
@@ -77,15 +74,15 @@ class OnMesh(_linear.OneDevice):
             (self.operand_specs(operands),),
             (specs["scale"], {name: specs[name] for name in names}),
         )
-        result: tuple[jax.Array, _linear.Gradients] = run(operands)
+        result: tuple[jax.Array, chunks.Gradients] = run(operands)
         return result
 
     def local(
-        self, operands: _linear.Operands, with_gradients: bool
-    ) -> tuple[jax.Array, _linear.Gradients]:
+        self, operands: chunks.Operands, with_gradients: bool
+    ) -> tuple[jax.Array, chunks.Gradients]:
         """The pass of one device, summed over all that share its result."""
         specs = self.specs()
-        rows, gradients = _linear.full_pass(
+        rows, gradients = chunks.full_pass(
             operands, self.loss, with_gradients, self.chunk_size, self.offset(operands.kernel)
         )
         totals = {name: self.total(part, specs[name]) for name, part in gradients.items()}
@@ -94,13 +91,13 @@ class OnMesh(_linear.OneDevice):
     def total(self, parts: Any, spec: PartitionSpec) -> Any:
         """The sum over the axes of the mesh that split the work but not the result."""
         axes = [axis for axis in (self.batch_axis, self.label_axis) if axis not in spec]
-        names = sum(map(_names, axes), ())
+        names = sum(map(names_of, axes), ())
         return jax.lax.psum(parts, names) if names else parts
 
     def update(
         self,
         pass_over: Callable[..., Any],
-        operands: _linear.Operands,
+        operands: chunks.Operands,
         columns: Any,
         others: Any,
         key: Any,
@@ -110,7 +107,7 @@ class OnMesh(_linear.OneDevice):
         def by_label(array: jax.Array) -> PartitionSpec:
             return PartitionSpec(*[None] * (array.ndim - 1), self.label_axis)
 
-        def local(operands: _linear.Operands, columns: Any, others: Any, key: Any) -> Any:
+        def local(operands: chunks.Operands, columns: Any, others: Any, key: Any) -> Any:
             rows, slope, columns, others = pass_over(
                 operands,
                 columns,
@@ -133,7 +130,7 @@ class OnMesh(_linear.OneDevice):
         )
         return run(operands, columns, others, key)
 
-    def operand_specs(self, operands: _linear.Operands) -> _linear.Operands:
+    def operand_specs(self, operands: chunks.Operands) -> chunks.Operands:
         """How the operands that are given are sharded; a mask is not where it is broadcast."""
         specs: dict[str, Any] = self.specs()
         for name, value in operands._asdict().items():
@@ -142,122 +139,7 @@ class OnMesh(_linear.OneDevice):
         if operands.where is not None:
             sizes = zip(operands.where.shape, specs["where"], strict=True)
             specs["where"] = PartitionSpec(*(None if size == 1 else axis for size, axis in sizes))
-        return _linear.Operands(**specs)
-
-    def top_k(
-        self, features: jax.Array, kernel: jax.Array, bias: jax.Array | None, k: int
-    ) -> _linear.Candidates:
-        """The best of the candidates that each device finds among its own labels."""
-        result: _linear.Candidates = top_k(self, k, (features, kernel, bias))
-        return result
-
-    def layer_specs(self, layer: Layer) -> Any:
-        names = ("features", "kernel", "bias")
-        return tuple(
-            None if array is None else self.specs()[name]
-            for name, array in zip(names, layer, strict=True)
-        )
-
-    def candidates(self, k: int, layer: Layer) -> _linear.Candidates:
-        """The best of a device's own labels."""
-        most = min(k, layer[1].shape[1])
-        values, ids = _linear.top_k_pass(*layer, most, self.chunk_size)
-        return values, ids + self.offset(layer[1])
-
-
-# top_k = the best of all candidates. The cotangent of a result belongs to the candidate of the same
-# label. Candidates are found once more in the backward pass: inside another `jax.shard_map`, JAX
-# takes no residuals out of this one.
-
-
-def top_k_impl(how: OnMesh, k: int, layer: Layer) -> _linear.Candidates:
-    shared = how.shard(
-        lambda layer: how.candidates(k, layer),
-        (how.layer_specs(layer),),
-        (PartitionSpec(how.batch_axis, how.label_axis),) * 2,
-    )
-    # They are gathered on the way from one to the other. What `jax.lax.all_gather` returns counts
-    # as different on every device, and could not leave a `jax.shard_map` as one array.
-    by_row = (PartitionSpec(how.batch_axis, None),) * 2
-    best = how.shard(lambda values, ids: _linear.best(values, ids, k), by_row, by_row)
-    result: _linear.Candidates = best(*shared(layer))
-    return result
-
-
-def top_k_fwd(how: OnMesh, k: int, layer: Layer) -> tuple[_linear.Candidates, Any]:
-    values, ids = top_k_impl(how, k, layer)
-    return (values, ids), (layer, ids)
-
-
-def top_k_bwd(how: OnMesh, k: int, residuals: Any, g: Any) -> tuple[Layer]:
-    layer, ids = residuals
-
-    def local(layer: Layer, ids: jax.Array, g: jax.Array) -> Layer:
-        _, pullback, found = jax.vjp(lambda layer: how.candidates(k, layer), layer, has_aux=True)
-        chosen = found[:, :, None] == ids[:, None, :]
-        gradients: tuple[Layer] = pullback(jnp.sum(jnp.where(chosen, g[:, None, :], 0), axis=2))
-        return gradients[0]
-
-    specs, by_row = how.layer_specs(layer), PartitionSpec(how.batch_axis, None)
-    return (how.shard(local, (specs, by_row, by_row), specs)(layer, ids, g[0]),)
-
-
-top_k = jax.custom_vjp(top_k_impl, nondiff_argnums=(0, 1))
-top_k.defvjp(top_k_fwd, top_k_bwd)
-
-
-class OnRing(OnMesh):
-    """A pass over rows and labels that are sharded over the same axis.
-
-    The labels travel: each device meets those of one other at a time, so what it holds does not
-    grow with the number of devices.
-    """
-
-    def to_the_next(self) -> tuple[tuple[str, ...], list[tuple[int, int]]]:
-        """What `jax.lax.ppermute` needs to send from each device to that of the next labels.
-
-        It counts devices in the order of the axes of the mesh, whatever the order of the names.
-        """
-        names = _names(self.label_axis)
-        order = sorted(range(len(names)), key=lambda i: self.mesh.axis_names.index(names[i]))
-        shape = [self.mesh.shape[name] for name in names]
-        labels = np.arange(math.prod(shape)).reshape(shape).transpose(order).ravel()
-        devices = np.argsort(labels).tolist()
-        steps = list(zip(devices, devices[1:] + devices[:1], strict=True))
-        return tuple(names[i] for i in order), steps
-
-    def local(
-        self, operands: _linear.Operands, with_gradients: bool
-    ) -> tuple[jax.Array, _linear.Gradients]:
-        arrays, dtype = operands._asdict(), operands.features.dtype
-        here, size = jax.lax.axis_index(self.label_axis), operands.kernel.shape[1]
-        names, steps = self.to_the_next()
-
-        def pass_on(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            return {
-                name: jax.lax.ppermute(array, names, steps) if name in _linear.LABELLED else array
-                for name, array in arrays.items()
-            }
-
-        def step(carry: Any, distance: jax.Array) -> tuple[Any, None]:
-            travelling, rows, gradients = carry
-            met = operands._replace(**travelling)
-            # The gradient of a kernel of half precision is rounded once, not by every device.
-            met = met._replace(kernel=met.kernel.astype(dtype))
-            offset = (here - distance) % len(steps) * size
-            more, parts = _linear.full_pass(met, self.loss, with_gradients, self.chunk_size, offset)
-            gradients = {name: gradients[name] + part for name, part in parts.items()}
-            return (pass_on(travelling), rows + more, pass_on(gradients)), None
-
-        travelling = {
-            name: arrays[name] for name in _linear.LABELLED if jax.tree.leaves(arrays[name])
-        }
-        wanted = _linear.differentiable(operands) if with_gradients else ()
-        gradients = {name: jnp.zeros_like(arrays[name], dtype) for name in wanted}
-        start = travelling, jnp.zeros_like(operands.scale), gradients
-        # After a step for each device, labels and gradients are at home.
-        (_, rows, gradients), _ = jax.lax.scan(step, start, jnp.arange(len(steps), dtype=jnp.int32))
-        return rows, gradients
+        return chunks.Operands(**specs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +168,7 @@ class Devices:
             )
         seen = list[str]()
         for argument, axis in axes.items():
-            for one in _names(axis):
+            for one in names_of(axis):
                 if mesh is not None and one not in mesh.axis_names:
                     raise ValueError(
                         f"{name}: {argument} must be an axis of the mesh, one of "
@@ -302,9 +184,9 @@ class Devices:
         return cls(chunk_size, mesh, tuple(axes.items()))
 
     def over(
-        self, name: str, rows: int, labels: int, loss: _linear.ChunkLoss = _linear.bce
-    ) -> _linear.OneDevice:
-        """How to run over so many rows and labels; where one axis is for both, on a ring."""
+        self, name: str, rows: int, labels: int, loss: Any = None, kind: type[OnMesh] | None = None
+    ) -> OneDevice:
+        """How to run over so many rows and labels; several devices as `kind` says."""
         both = (*self.axes, self.axes[-1])
         own_rows, batch_axis = self._share(name, *both[0], rows)
         own_labels, label_axis = self._share(name, *both[1], labels)
@@ -313,10 +195,10 @@ class Devices:
                 f"{name}: chunk_size must be None where the number of labels is symbolic, got "
                 f"{self.chunk_size} for {labels} labels"
             )
-        chunk_size = self.chunk_size or _linear.default_chunk_size(own_rows, own_labels)
+        chunk_size = self.chunk_size or chunks.default_chunk_size(own_rows, own_labels)
         chunk_size = max(min(chunk_size, own_labels), 1)
         if self.mesh is None or not (batch_axis or label_axis):
-            return _linear.OneDevice(chunk_size, loss)
+            return OneDevice(chunk_size, loss)
         context = jax.sharding.get_abstract_mesh()
         if _placement.manual_axes() and context.shape != self.mesh.shape:
             raise ValueError(
@@ -325,13 +207,12 @@ class Devices:
             )
         kinds = (AxisType.Auto,) * len(self.mesh.axis_names)
         mesh = Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=kinds)
-        kind = OnMesh if len(self.axes) > 1 else OnRing
-        return kind(chunk_size, loss, mesh, batch_axis, label_axis)
+        return (kind or OnMesh)(chunk_size, loss, mesh, batch_axis, label_axis)
 
     def _share(self, name: str, argument: str, axis: Axis, size: int) -> tuple[int, Axis]:
         """What one device has of `size`, and the axes that share it, of more than one device."""
         shape = {} if self.mesh is None else self.mesh.shape
-        sharing = tuple(one for one in _names(axis) if shape[one] > 1)
+        sharing = tuple(one for one in names_of(axis) if shape[one] > 1)
         devices = math.prod(shape[one] for one in sharing)
         if size % devices:
             raise ValueError(

@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbce import _checks, _kernels, _linear, _placement, _program, _reduce
+from jaxbce import _checks, _math, _placement, _program, _reduce
+from jaxbce._head import chunks
+from jaxbce._loss import Loss
 
 
-def admit(
+def as_given(
     name: str,
     features: Any,
     kernel: Any,
@@ -26,8 +28,8 @@ def admit(
     """The arrays that `prepare` takes; those of `per_label` by name, None for what is not given."""
     _checks.check_one_of(name, positives=positives, labels=labels)
     given = {argument: value for argument, value in per_label.items() if value is not None}
-    numbers = dict(zip(given, _checks.admit(name, **given), strict=True))
-    arrays = _checks.admit(
+    numbers = dict(zip(given, _checks.jit_arguments(name, **given), strict=True))
+    arrays = _checks.jit_arguments(
         name,
         features=features,
         kernel=kernel,
@@ -52,32 +54,26 @@ def numbered(name: str, per_label: Any) -> dict[str, Any]:
     return {f"per_label[{i}]": array for i, array in enumerate(per_label)}
 
 
-def own_loss(name: str, loss: Any, num_arrays: int) -> _linear.OwnLoss:
+def own_loss(name: str, loss: Any, num_arrays: int) -> chunks.ChunkLoss:
     """A user's loss, which must be one number per logit and a function of its arguments alone."""
     if not callable(loss):
         raise TypeError(
-            f"{name}: loss must be a function of (logits, labels, *per_label), got "
-            f"{type(loss).__name__}; linear_loss takes it first, linear_update as loss=..."
+            f"{name}: loss must be a function of (logits, labels, *per_label), or a jaxbce.Loss, "
+            f"got {type(loss).__name__}; linear_loss takes it first, linear_update as loss=..."
         )
+    if isinstance(loss, Loss):
+        if num_arrays > len(loss.parameters):
+            raise ValueError(
+                f"{name}: per_label must be the parameters of the loss, of which it has "
+                f"{len(loss.parameters)}, got {num_arrays} arrays; name them in jaxbce.Loss"
+            )
+        given = loss.parameters[:num_arrays]
+        return chunks.ChunkLoss(loss, given, loss.program(name, given))
     elements = jax.ShapeDtypeStruct((2, 3), jnp.float32)
     numbers = [jax.ShapeDtypeStruct((3,), jnp.float32)] * num_arrays
-    # A new function: of one that it knows, JAX returns the program with the numbers of that time.
-    traced = jax.make_jaxpr(lambda *arrays: loss(*arrays))(elements, elements, *numbers)
-    shapes = [result.shape for result in traced.out_avals]
-    if shapes != [elements.shape]:
-        raise ValueError(
-            f"{name}: loss must return one number per logit, of shape {elements.shape} for logits "
-            f"of that shape, got {shapes[0] if len(shapes) == 1 else shapes}; a loss of jaxbce "
-            'takes reduction="none"'
-        )
-    if not jnp.issubdtype(traced.out_avals[0].dtype, jnp.floating):
-        raise TypeError(f"{name}: loss must return floats, got {traced.out_avals[0].dtype}")
-    program = _program.read(
-        traced,
-        f"{name}: loss must hold no traced value, of which it would lose the gradient; pass the "
-        "value as one of per_label, jax.numpy.full(labels, value)",
-    )
-    return _linear.OwnLoss(loss, program)
+    remedy = "pass the value as one of per_label, jax.numpy.full(labels, value)"
+    program = _program.of_loss(name, loss, (elements, elements, *numbers), remedy)
+    return chunks.ChunkLoss(loss, program=program)
 
 
 def prepare_layer(
@@ -98,7 +94,7 @@ def prepare_layer(
             f"{name}: kernel must have a number of labels that is known while tracing, got "
             f"{kernel.shape}; only the leading axes of features may be symbolic"
         )
-    dtype = _kernels.accumulator(features, kernel)
+    dtype = _math.accumulator(features, kernel)
     if not features.dtype == kernel.dtype == jnp.bfloat16:
         # Also for float16, in which a gradient divided by rows · labels would be 0.
         features = features.astype(dtype)
@@ -122,12 +118,12 @@ def prepare(
     *,
     name: str,
     reduction: str,
-    loss: _linear.ChunkLoss,
-) -> tuple[tuple[int, ...], _linear.Operands, jax.Array | None]:
+    loss: chunks.ChunkLoss,
+) -> tuple[tuple[int, ...], chunks.Operands, jax.Array | None]:
     """The leading axes of the rows, the operands of a pass over them, and the weight of each."""
     features, kernel, bias = prepare_layer(name, features, kernel, bias)
     lead, num_labels = features.shape[:-1], kernel.shape[1]
-    batch, dtype = math.prod(lead), _kernels.accumulator(features)
+    batch, dtype = math.prod(lead), _math.accumulator(features)
     rows_of = ("features", features.shape)
     features = features.reshape(batch, features.shape[-1])
 
@@ -141,7 +137,7 @@ def prepare(
     if ignored is not None:
         ignored = _checks.positives(name, ignored, num_labels, argument="ignored", rows_of=rows_of)
         ignored = ignored.reshape(batch, ignored.shape[-1])
-    kept = _kept_labels(where, ignored, batch, num_labels, dtype)
+    kept = _reduce.kept_labels(where, ignored, batch, num_labels, dtype)
 
     if weight is not None:
         weight = _checks.shaped(name, "weight", weight, lead, "(...,)").astype(dtype)
@@ -171,7 +167,7 @@ def prepare(
         label_smoothing = _checks.number(name, "label_smoothing", label_smoothing).astype(dtype)
         _checks.check_unit_interval(name, "label_smoothing", label_smoothing)
 
-    operands = _linear.Operands(
+    operands = chunks.Operands(
         features=features,
         kernel=kernel,
         bias=bias,
@@ -181,61 +177,16 @@ def prepare(
         label_smoothing=label_smoothing,
         where=where,
         ignored=ignored,
-        scale=_scale(weight, kept, lead, num_labels, dtype, reduction),
+        scale=_reduce.row_scale(weight, kept, lead, num_labels, dtype, reduction),
         weightless=None if weight is None else weight == 0,
     )
-    if loss is _linear.bce and _checks.values_are_checked():  # a user's own may take any
-        mask = _linear.chunk_mask(operands, 0, 0, num_labels)
+    if isinstance(loss.loss, Loss) and _checks.values_are_checked():  # a function may take any
+        mask = chunks.chunk_mask(operands, 0, 0, num_labels)
         if counted is not None:
             mask = counted[:, None] if mask is None else mask & counted[:, None]
-        for array in numbers:
+        if "pos_weight" in per_label:
             some_row = None if mask is None else jnp.any(mask, axis=0)
-            _checks.check_not_negative(name, "pos_weight", array, some_row)
+            _checks.check_not_negative(name, "pos_weight", numbers[0], some_row)
         if labels is not None:
             _checks.check_unit_interval(name, "labels", labels.astype(dtype), mask)
     return lead, _placement.vary_together(operands), weight
-
-
-def _kept_labels(
-    where: jax.Array | None, ignored: jax.Array | None, batch: int, num_labels: int, dtype: Any
-) -> jax.Array | None:
-    """How many labels of each row are kept, [batch]; None for all of all rows."""
-    if where is None and ignored is None:
-        return None
-    if where is None:
-        where = jnp.ones((1, 1), bool)
-    kept = _reduce.count_true(where, (1,), dtype)[:, 0]
-    kept *= _reduce.repeats(where.shape, (batch, num_labels), (1,), dtype)
-    if ignored is None:
-        return jnp.broadcast_to(kept, batch)
-    ids = jnp.sort(ignored, axis=1)
-    first = ids != jnp.pad(ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-    row = jnp.arange(batch)[:, None] if where.shape[0] > 1 else 0
-    column = ids if where.shape[1] > 1 else 0
-    otherwise = where.at[row, column].get(mode="fill", fill_value=False)
-    return kept - jnp.sum((ids < num_labels) & first & otherwise, axis=1, dtype=dtype)
-
-
-def _scale(
-    weight: jax.Array | None,
-    kept: jax.Array | None,
-    lead: tuple[int, ...],
-    num_labels: int,
-    dtype: Any,
-    reduction: str,
-) -> jax.Array:
-    """The factor of each row in the total: its weight over the divisor of the reduction."""
-    batch = math.prod(lead)
-    scale = own = jnp.ones(batch, dtype) if weight is None else weight
-    if kept is None:
-        sizes = {"mean": (batch, num_labels), "weighted_mean": (num_labels,), "batchmean": lead[:1]}
-        for size in sizes.get(reduction, ()):
-            scale = scale * _reduce.one_over(size, dtype)
-    elif reduction == "mean":
-        scale = scale * _reduce.inverse(jnp.sum(kept))
-    elif reduction == "batchmean":
-        entries = jnp.any(kept.reshape(lead) != 0, axis=tuple(range(1, len(lead))))
-        scale = scale * _reduce.inverse(jnp.sum(entries, dtype=dtype))
-    if reduction == "weighted_mean":
-        scale = scale * _reduce.inverse(jnp.sum(own if kept is None else own * kept))
-    return scale

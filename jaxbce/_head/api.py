@@ -1,6 +1,5 @@
 """Public functions of the chunked head: check, choose the chunk and the devices, evaluate."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +7,11 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
-from jaxbce import _checks, _linear, _operands, _placement, _reduce, _sharding
+from jaxbce import _checks, _placement, _reduce
+from jaxbce._head import arguments, chunks
+from jaxbce._head.mesh import Devices
+from jaxbce._loss import Loss
+from jaxbce._losses.bce import BCE
 
 
 def linear_bce_with_logits(
@@ -104,10 +107,8 @@ def linear_bce_with_logits(
     """
     name = "linear_bce_with_logits"
     _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
-    devices = _sharding.Devices.named(
-        name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis
-    )
-    arrays = _operands.admit(
+    devices = Devices.named(name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis)
+    arrays = arguments.as_given(
         name,
         features,
         kernel,
@@ -121,13 +122,17 @@ def linear_bce_with_logits(
         ignored=ignored,
     )
     result: jax.Array = _evaluate(
-        *arrays, name=name, reduction=reduction, loss=_linear.bce, devices=devices
+        *arrays,
+        name=name,
+        reduction=reduction,
+        loss=chunks.ChunkLoss(BCE, () if pos_weight is None else BCE.parameters),
+        devices=devices,
     )
     return result
 
 
 def linear_loss(
-    loss: Callable[..., jax.Array],
+    loss: Loss | Callable[..., jax.Array],
     features: ArrayLike,
     kernel: ArrayLike,
     bias: ArrayLike | None = None,
@@ -205,12 +210,10 @@ def linear_loss(
     """
     name = "linear_loss"
     _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
-    devices = _sharding.Devices.named(
-        name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis
-    )
-    numbers = _operands.numbered(name, per_label)
-    chunk_loss = _operands.own_loss(name, loss, len(numbers))
-    arrays = _operands.admit(
+    devices = Devices.named(name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis)
+    numbers = arguments.numbered(name, per_label)
+    chunk_loss = arguments.own_loss(name, loss, len(numbers))
+    arrays = arguments.as_given(
         name,
         features,
         kernel,
@@ -232,69 +235,6 @@ def linear_loss(
     return result
 
 
-def linear_top_k(
-    features: ArrayLike,
-    kernel: ArrayLike,
-    bias: ArrayLike | None = None,
-    *,
-    k: int,
-    chunk_size: int | None = None,
-    mesh: Mesh | None = None,
-    batch_axis: str | tuple[str, ...] | None = None,
-    label_axis: str | tuple[str, ...] | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """The k highest of the logits features @ kernel + bias, which are never held, and their labels.
-
-    Use it to predict with a head of very many labels.
-
-    Formula: `jax.lax.top_k(features @ kernel + bias, k)`.
-
-    Args:
-      features: float array [..., D].
-      kernel: float array [D, L].
-      bias: float array [L]; None is 0.
-      k: how many, an int in [1, L].
-      chunk_size: number of labels at a time, at least k of them; None chooses.
-      mesh: devices to share the work, with axes of any type; None uses one, or what `jax.jit` makes
-        of sharded inputs.
-      batch_axis: axis of the mesh, or a tuple of axes, over which features are sharded; None
-        replicates them.
-      label_axis: axis of the mesh, or a tuple of axes, over which kernel and bias are sharded; None
-        replicates them. Each device keeps to its own labels and sends its k best.
-
-    Returns:
-      The logits [..., k] in float32 (float64 where features or kernel are), highest first, and
-      their labels [..., k] in int32.
-
-    Raises:
-      TypeError: features, kernel or bias are not floating-point, or not an array.
-      ValueError: a shape does not fit, an axis of the mesh does not exist, is given for both or
-        does not divide its size, or k or chunk_size is not valid.
-
-    Edge values: of equal logits the one of the lowest label comes first, as in `jax.lax.top_k`.
-
-    Differentiable: the logits are, with respect to features, kernel and bias; on a mesh in reverse
-    mode only.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxbce
-      >>> logits, labels = jaxbce.linear_top_k(jnp.ones(2), jnp.array([[1., 3, 2], [1, 1, 2]]), k=2)
-      >>> print(logits, labels)
-      [4. 4.] [1 2]
-
-    Source: `jax.lax.top_k`, merged over chunks.
-    """
-    name = "linear_top_k"
-    devices = _sharding.Devices.named(
-        name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis
-    )
-    arrays = _checks.admit(name, features=features, kernel=kernel, bias=bias)
-    num_labels = next(reversed(getattr(arrays[1], "shape", ())), None)
-    _checks.check_size(name, "k", k, num_labels if isinstance(num_labels, int) else None)
-    best: tuple[jax.Array, jax.Array] = _top_k(*arrays, name=name, k=k, devices=devices)
-    return best
-
-
 def _by_row(features: Any, *_: Any, reduction: str, **__: Any) -> PartitionSpec:
     """The loss of each row is sharded as the features are."""
     if reduction != "none":
@@ -307,30 +247,12 @@ def _evaluate(
     *arrays: Any,
     name: str,
     reduction: str,
-    loss: _linear.ChunkLoss,
-    devices: _sharding.Devices,
+    loss: chunks.ChunkLoss,
+    devices: Devices,
 ) -> jax.Array:
-    lead, operands, weight = _operands.prepare(*arrays, name=name, reduction=reduction, loss=loss)
-    how = devices.over(name, *operands.sizes(), loss)
+    lead, operands, weight = arguments.prepare(*arrays, name=name, reduction=reduction, loss=loss)
+    plan = devices.over(name, *operands.sizes(), loss)
     if reduction != "none":
-        return _linear.total_loss(how, operands)
-    rows = _linear.finite_rows(_linear.row_losses(how, operands), operands)
+        return chunks.total_loss(plan, operands)
+    rows = chunks.finite_rows(chunks.row_losses(plan, operands), operands)
     return (rows if weight is None else rows * weight).reshape(lead)
-
-
-def _by_row_and_whole(features: Any, *_: Any, **__: Any) -> tuple[PartitionSpec, PartitionSpec]:
-    spec = PartitionSpec(*_placement.common_spec(features)[:-1], None)
-    return spec, spec
-
-
-@_placement.compiled("name", "k", "devices", result=_by_row_and_whole)
-def _top_k(
-    features: Any, kernel: Any, bias: Any, *, name: str, k: int, devices: _sharding.Devices
-) -> tuple[jax.Array, jax.Array]:
-    features, kernel, bias = _operands.prepare_layer(name, features, kernel, bias)
-    num_labels = kernel.shape[1]
-    lead = features.shape[:-1]
-    features = features.reshape(math.prod(lead), features.shape[-1])
-    how = devices.over(name, features.shape[0], num_labels)
-    values, ids = how.top_k(features, kernel, bias, k)
-    return values.reshape(*lead, k), ids.reshape(*lead, k)

@@ -1,8 +1,6 @@
 """A training step of the head in which the gradient of its kernel never exists as a whole."""
 
 import functools
-import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -12,16 +10,11 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
-from jaxbce import (
-    _checks,
-    _kernels,
-    _linear,
-    _operands,
-    _placement,
-    _program,
-    _reduce,
-    _sharding,
-)
+from jaxbce import _checks, _math, _placement, _reduce
+from jaxbce._head import arguments, chunks, optimizers
+from jaxbce._head.mesh import Devices
+from jaxbce._loss import Loss
+from jaxbce._losses.bce import BCE
 
 
 class Optimizer(Protocol):
@@ -48,7 +41,7 @@ def linear_update(
     params: dict[str, jax.Array],
     opt_state: Any,
     *,
-    loss: Callable[..., jax.Array] | None = None,
+    loss: Loss | Callable[..., jax.Array] | None = None,
     positives: ArrayLike | None = None,
     labels: ArrayLike | None = None,
     per_label: Sequence[ArrayLike] = (),
@@ -139,9 +132,7 @@ def linear_update(
     """
     name = "linear_update"
     _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS[:-1])
-    devices = _sharding.Devices.named(
-        name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis
-    )
+    devices = Devices.named(name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis)
     if loss is not None and (pos_weight is not None or label_smoothing != 0):
         raise ValueError(
             f"{name}: pos_weight and label_smoothing belong to the loss that is built in, got a "
@@ -152,14 +143,14 @@ def linear_update(
             f"{name}: per_label belongs to a loss of your own, got loss=None; pass a loss, or "
             "pos_weight"
         )
-    layout = _layout(name, optimizer, params, opt_state)
+    layout = optimizers.layout_of(name, optimizer, params, opt_state)
     if rounding_key is not None and not any(map(_is_narrow, jax.tree.leaves((params, opt_state)))):
         raise ValueError(
             f"{name}: rounding_key is for parameters or state in half precision, got "
             f"{params['kernel'].dtype} and no such state; leave it out"
         )
-    numbers = {"pos_weight": pos_weight} if loss is None else _operands.numbered(name, per_label)
-    arrays = _operands.admit(
+    numbers = {"pos_weight": pos_weight} if loss is None else arguments.numbered(name, per_label)
+    arrays = arguments.as_given(
         name,
         features,
         params["kernel"],
@@ -172,7 +163,10 @@ def linear_update(
         where=where,
         ignored=ignored,
     )
-    chunk_loss = _linear.bce if loss is None else _operands.own_loss(name, loss, len(per_label))
+    if loss is None:
+        chunk_loss = chunks.ChunkLoss(BCE, () if pos_weight is None else BCE.parameters)
+    else:
+        chunk_loss = arguments.own_loss(name, loss, len(per_label))
     step: LinearUpdate = _update(
         *arrays,
         opt_state,
@@ -187,208 +181,13 @@ def linear_update(
     return step
 
 
-class Layout(NamedTuple):
-    """The optimizer's state and program, as far as a compiled step depends on them."""
-
-    structure: Any
-    by_label: tuple[bool, ...]  # which leaves of the state have a column, or a number, per label
-    program: tuple[_program.Equation, ...]
-
-    def split(self, state: Any) -> tuple[list[jax.Array], list[jax.Array]]:
-        """The leaves by label, and the others, as the number of steps."""
-        leaves = list(zip(jax.tree.leaves(state), self.by_label, strict=True))
-        return [leaf for leaf, cut in leaves if cut], [leaf for leaf, cut in leaves if not cut]
-
-    def join(self, by_label: Sequence[Any], others: Sequence[Any]) -> Any:
-        sources = {True: iter(by_label), False: iter(others)}
-        return jax.tree.unflatten(self.structure, [next(sources[cut]) for cut in self.by_label])
-
-
-def _layout(name: str, optimizer: Any, params: Any, opt_state: Any) -> Layout:
-    """How the state is cut by label, and what the optimizer does to it."""
-    if not isinstance(params, dict) or not {"kernel"} <= params.keys() <= {"kernel", "bias"}:
-        raise TypeError(
-            f'{name}: params must be a dict of "kernel" and, if there is one, "bias", got '
-            f"{list(params) if isinstance(params, dict) else type(params).__name__}"
-        )
-    try:
-        hash(optimizer)
-        init, _ = optimizer.init, optimizer.update
-    except (AttributeError, TypeError):
-        raise TypeError(
-            f"{name}: optimizer must be an optax transformation, got {type(optimizer).__name__}"
-        ) from None
-    arrays = {argument: _checks.floating(name, argument, params[argument]) for argument in params}
-    if not arrays["kernel"].size:
-        raise ValueError(
-            f"{name}: kernel must have at least one label and feature, got "
-            f"{arrays['kernel'].shape}; there is nothing to train"
-        )
-    num_labels = arrays["kernel"].shape[-1]
-    own, wider = (
-        jax.eval_shape(init, {argument: _shaped(a, number) for argument, a in arrays.items()})
-        for number in (num_labels, num_labels + 1)
-    )
-    expected = [leaf.shape for leaf in jax.tree.leaves(own)]
-    got = [jnp.shape(leaf) for leaf in jax.tree.leaves(opt_state)]
-    structures: list[Any] = [jax.tree.structure(opt_state), jax.tree.structure(own)]
-    if structures[0] != structures[1] or got != expected:
-        raise ValueError(
-            f"{name}: opt_state must be optimizer.init(params), with arrays of shapes {expected}, "
-            f"got {got}"
-        )
-    by_label = []
-    for shape, leaf in zip(expected, jax.tree.leaves(wider), strict=True):
-        columns = (*shape[:-1], num_labels), (*shape[:-1], num_labels + 1)
-        by_label.append((shape, leaf.shape) == columns)
-        if not by_label[-1] and shape != leaf.shape:
-            raise ValueError(
-                f"{name}: optimizer keeps state of shape {shape}, which is not one column or "
-                "number for each label; use one that treats elements independently, as optax.adam "
-                "does"
-            )
-    return Layout(structures[1], tuple(by_label), _read(name, optimizer, arrays, opt_state))
-
-
-def _shaped(array: Any, num_labels: int | None = None) -> jax.ShapeDtypeStruct:
-    """What an array looks like, if need be for another number of labels."""
-    kind = jax.typeof(array)
-    shape = kind.shape if num_labels is None else (*kind.shape[:-1], num_labels)
-    return jax.ShapeDtypeStruct(shape, kind.dtype)
-
-
-def _step(optimizer: Any, gradients: Any, params: Any, state: Any) -> tuple[Any, Any]:
-    """(Parameters, state) after a step, in the dtypes of the arithmetic."""
-    params, state = jax.tree.map(_widened, (params, state))
-    with jax.numpy_dtype_promotion("standard"):  # a user's own setting may refuse what optax does
-        updates, state = optimizer.update(gradients, state, params)
-    return jax.tree.map(jnp.add, params, updates), state
-
-
-# --- what an optimizer does, read from its program ------------------------------------------------
-
-# Operations that compute each element of their result from the same element of their operands.
-ELEMENTWISE = """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type
-    copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
-    is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or pow
-    reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical
-    sign sin sinh sqrt square sub tan tanh xor
-"""
-# Those that drop some axes, and treat each place on the others apart.
-DROPPING = """
-    reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum squeeze
-"""
-
-
-def _read(name: str, optimizer: Any, params: Any, state: Any) -> tuple[_program.Equation, ...]:
-    """What the optimizer does in a step, with every number in it."""
-
-    def step(gradients: Any, params: Any, state: Any) -> tuple[Any, Any]:
-        return _step(optimizer, gradients, params, state)
-
-    params, state = jax.tree.map(_shaped, (params, state))
-    gradients = {
-        argument: jax.ShapeDtypeStruct(array.shape, _kernels.accumulator(array))
-        for argument, array in params.items()
-    }
-    try:
-        # `step` is a new function: of one that it knows, JAX returns the trace with old numbers.
-        traced = jax.make_jaxpr(step)(gradients, params, state)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"{name}: optimizer.update must take (gradients, state, params) and no more, of any "
-            "number of labels: an array for each label belongs in its state, where optimizer.init "
-            f"makes it as long as the labels of its params; got {error}"
-        ) from error
-    return _program.read(
-        traced,
-        f"{name}: optimizer must hold no traced value; pass a learning rate that is traced through "
-        "optax.inject_hyperparams, which keeps it in opt_state",
-    )
-
-
-def _check_by_label(
-    name: str, optimizer: Any, layout: Layout, params: Any, state: Any, other: int
-) -> None:
-    """Proves that a step treats each label apart, and `other` labels as all of them.
-
-    The program is read for two numbers of labels. It must be the same, and an axis of which the
-    size differs holds the labels: what has one must be computed label by label.
-    """
-    num_labels = params["kernel"].shape[-1]
-    by_label, others = layout.split(state)
-    resized = layout.join([_shaped(array, other) for array in by_label], others)
-    program = _read(name, optimizer, {n: _shaped(a, other) for n, a in params.items()}, resized)
-    for pair in itertools.zip_longest(layout.program, program):
-        if None in pair or pair[0][:2] != pair[1][:2]:
-            raise ValueError(
-                f"{name}: optimizer does not treat {other} labels as it treats all {num_labels}, "
-                "as with a mask or a scale that depends on a size; let it depend on the name or "
-                "the number of axes of a parameter"
-            )
-        if not _treats_apart(*pair):
-            raise ValueError(
-                f"{name}: optimizer treats elements together, as clipping by a global norm, trust "
-                f"ratios, noise and tests for NaN do: its update uses {pair[0].primitive} on "
-                "arrays of labels, which is not known to treat each label apart; such a step needs "
-                "the whole gradient, so use jax.value_and_grad of jaxbce.linear_bce_with_logits or "
-                "linear_loss with it, or an optimizer that treats elements independently, as "
-                "optax.clip does"
-            )
-
-
-def _treats_apart(one: _program.Equation, two: _program.Equation) -> bool:
-    """Whether an operation leaves the labels in their places and computes each from itself."""
-
-    def labelled(shapes: Any, others: Any) -> list[tuple[Any, list[int]]]:
-        """Each shape, and the axes whose size depends on the number of labels."""
-        return [
-            (shape, [axis for axis, size in enumerate(shape) if size != other[axis]])
-            for shape, other in zip(shapes, others, strict=True)
-        ]
-
-    operands = [pair for pair in labelled(one.operands, two.operands) if pair[1]]
-    results = labelled(one.results, two.results)
-    if one.primitive in ("call", "inputs", "outputs") or not any(
-        axes for _, axes in results + operands
-    ):
-        return True
-    if not operands:
-        return one.primitive == "broadcast_in_dim"
-    return bool(results) and all(
-        len(axes) == len(new_axes) == 1 and _keeps(one, axes[0], shape, new_axes[0], new_shape)
-        for shape, axes in operands
-        for new_shape, new_axes in results
-    )
-
-
-def _keeps(
-    equation: _program.Equation,
-    axis: int,
-    shape: tuple[int, ...],
-    new_axis: int,
-    new_shape: tuple[int, ...],
-) -> bool:
-    """Whether place i on an axis of an operand becomes place i on that of the result."""
-    if equation.primitive in ELEMENTWISE.split():
-        return axis == new_axis
-    if equation.primitive in DROPPING.split():
-        dropped = sum(each < axis for each in equation.axes)
-        return axis not in equation.axes and new_axis == axis - dropped
-    if equation.primitive == "broadcast_in_dim":
-        return equation.axes[axis] == new_axis
-    in_rows = shape[axis] == new_shape[new_axis] and (
-        math.prod(shape[axis + 1 :]) == math.prod(new_shape[new_axis + 1 :])
-    )
-    return equation.primitive == "reshape" and in_rows
-
-
 def _specs(features: Any, kernel: Any, bias: Any, *others: Any, **_: Any) -> Any:
     """The results are sharded as what they replace, new state also as its parameter."""
 
+    given = [kernel] if bias is None else [kernel, bias]
+
     def of_state(array: Any) -> PartitionSpec:
-        like = [each for each in (kernel, bias) if jnp.shape(each) == jnp.shape(array)]
+        like = [each for each in given if jnp.shape(each) == jnp.shape(array)]
         return _placement.common_spec(array, *like)
 
     own: Any = jax.tree.map(_placement.common_spec, (features, kernel, bias))
@@ -403,13 +202,13 @@ def _update(
     *arrays: Any,
     name: str,
     reduction: str,
-    loss: _linear.ChunkLoss,
+    loss: chunks.ChunkLoss,
     optimizer: Any,
-    layout: Layout,
-    devices: _sharding.Devices,
+    layout: optimizers.Layout,
+    devices: Devices,
 ) -> LinearUpdate:
     *given, opt_state, key = arrays
-    _, operands, _ = _operands.prepare(*given, name=name, reduction=reduction, loss=loss)
+    _, operands, _ = arguments.prepare(*given, name=name, reduction=reduction, loss=loss)
     params = {"kernel": operands.kernel}
     if operands.bias is not None:
         params["bias"] = operands.bias
@@ -421,7 +220,7 @@ def _update(
     ) -> tuple[Any, Any]:
         """(Parameters, state) of the labels from `start` on, and the other state, after a step."""
         params, state = columns
-        params, state = _step(optimizer, gradients, params, layout.join(state, others))
+        params, state = optimizers.step(optimizer, gradients, params, layout.join(state, others))
         state, new_others = layout.split(state)
         # The rest of the state is the same for all chunks: its key is that of no label.
         return (
@@ -429,17 +228,17 @@ def _update(
             _rounded(new_others, others, _key(key, num_labels)),
         )
 
-    how = devices.over(name, *operands.sizes(), loss)
+    plan = devices.over(name, *operands.sizes(), loss)
     num_labels = operands.kernel.shape[1]
-    other = how.chunk_size if how.chunk_size < num_labels else num_labels + 1
-    _check_by_label(name, optimizer, layout, params, opt_state, other)
+    other = plan.chunk_size if plan.chunk_size < num_labels else num_labels + 1
+    optimizers.check_by_label(name, optimizer, layout, params, opt_state, other)
     pass_over = functools.partial(update_pass, new_columns)
-    rows, slope, (params, state), others = how.update(
+    rows, slope, (params, state), others = plan.update(
         pass_over, operands, (params, state), others, key
     )
     features = jnp.asarray(given[0])
     return LinearUpdate(
-        _linear.scaled_sum(rows, operands),
+        chunks.scaled_sum(rows, operands),
         slope.reshape(features.shape).astype(features.dtype),
         params,
         layout.join(state, others),
@@ -449,12 +248,6 @@ def _update(
 def _is_narrow(array: Any) -> bool:
     dtype = jax.typeof(array).dtype
     return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
-
-
-def _widened(array: jax.Array) -> jax.Array:
-    """In the dtype of the arithmetic, if it is of a floating dtype."""
-    floating = jnp.issubdtype(array.dtype, jnp.floating)
-    return array.astype(_kernels.accumulator(array)) if floating else array
 
 
 def _key(key: jax.Array | None, i: jax.Array | int) -> jax.Array | None:
@@ -510,11 +303,11 @@ def round_with(noise: jax.Array, values: jax.Array, dtype: Any) -> jax.Array:
 
 def update_pass(
     new_columns: Callable[..., Any],
-    operands: _linear.Operands,
+    operands: chunks.Operands,
     columns: Any,
     others: Any,
     key: jax.Array | None,
-    loss: _linear.ChunkLoss,
+    loss: chunks.ChunkLoss,
     chunk_size: int,
     offset: jax.Array | int = 0,
     total: Callable[[str, jax.Array], jax.Array] = lambda name, part: part,
@@ -529,10 +322,10 @@ def update_pass(
     num_labels = operands.kernel.shape[1]
 
     def read(columns: Any, start: jax.Array | int) -> Any:
-        return jax.tree.map(lambda array: _linear.columns(array, start, chunk_size), columns)
+        return jax.tree.map(lambda array: chunks.columns(array, start, chunk_size), columns)
 
     def write(columns: Any, part: Any, start: jax.Array | int) -> Any:
-        return jax.tree.map(lambda array, new: _linear.write(array, new, start), columns, part)
+        return jax.tree.map(lambda array, new: chunks.write(array, new, start), columns, part)
 
     def one_chunk(columns: Any, first: jax.Array | int) -> tuple[jax.Array, ...]:
         """Of the labels from `first` on: the loss of each row, the gradients, what they become."""
@@ -543,9 +336,9 @@ def update_pass(
             due = start + jnp.arange(chunk_size, dtype=jnp.int32) >= first
         params = columns[0]
         now = operands._replace(kernel=params["kernel"], bias=params.get("bias"))
-        rows, parts = _linear.chunk_pass(now, loss, True, offset, start, chunk_size, due)
+        rows, parts = chunks.chunk_pass(now, loss, True, offset, start, chunk_size, due)
         gradients = {
-            argument: total(argument, parts[argument]).astype(_kernels.accumulator(array))
+            argument: total(argument, parts[argument]).astype(_math.accumulator(array))
             for argument, array in params.items()
         }
         old = read(columns, start)
@@ -565,7 +358,7 @@ def update_pass(
         return (rows + more, slope + more_slope, columns, *rest), None
 
     batch, width = operands.features.shape
-    dtype = _kernels.accumulator(operands.features)
+    dtype = _math.accumulator(operands.features)
     sums = jnp.zeros(batch, dtype), jnp.zeros((batch, width), dtype)
     (rows, slope), _ = _placement.vary_together((sums, operands))
     firsts = jnp.arange(-(-num_labels // chunk_size), dtype=jnp.int32) * chunk_size

@@ -7,7 +7,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from jaxbce import _checks, _kernels, _linear, _placement, _reduce, _sharding
+from jaxbce import _checks, _math, _placement, _reduce
+from jaxbce._head import chunks
+from jaxbce._head.mesh import Devices
+from jaxbce._head.ring import OnRing
+from jaxbce._losses.bce import BCE
 
 
 def siglip_loss(
@@ -71,8 +75,8 @@ def siglip_loss(
     Source: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training".
     """
     name = "siglip_loss"
-    devices = _sharding.Devices.named(name, chunk_size, mesh, axis=axis)
-    arrays = _checks.admit(
+    devices = Devices.named(name, chunk_size, mesh, axis=axis)
+    arrays = _checks.jit_arguments(
         name,
         image_embeddings=image_embeddings,
         text_embeddings=text_embeddings,
@@ -93,7 +97,7 @@ def _siglip(
     positives: Any,
     *,
     name: str,
-    devices: _sharding.Devices,
+    devices: Devices,
 ) -> jax.Array:
     images = _checks.floating(name, "image_embeddings", image_embeddings)
     if images.ndim != 2:
@@ -104,19 +108,19 @@ def _siglip(
     texts = _checks.shaped(name, "text_embeddings", texts, images.shape, "(batch, width)")
     log_scale = _checks.number(name, "log_scale", log_scale, most_axes=2)
     bias = _checks.number(name, "bias", bias, most_axes=2)
-    dtype = _kernels.accumulator(images, texts)
+    dtype = _math.accumulator(images, texts)
     batch = images.shape[0]
     if positives is None:
         positives = jnp.arange(batch, dtype=jnp.int32)[:, None]
     positives = _checks.positives(
         name, positives, batch, rows_of=("image_embeddings", images.shape)
     )
-    operands = _linear.Operands(
-        features=images.astype(dtype) * _kernels.exp(log_scale.astype(dtype)),
+    operands = chunks.Operands(
+        features=images.astype(dtype) * _math.exp(log_scale.astype(dtype)),
         kernel=texts.T,
         bias=jnp.broadcast_to(bias.astype(dtype), batch),
         positives=positives,
         scale=jnp.full(batch, _reduce.one_over(batch, dtype)),
     )
-    how = devices.over(name, batch, batch)
-    return _linear.total_loss(how, _placement.vary_together(operands))
+    plan = devices.over(name, batch, batch, chunks.ChunkLoss(BCE), OnRing)
+    return chunks.total_loss(plan, _placement.vary_together(operands))

@@ -1,0 +1,195 @@
+"""The highest logits of a linear layer, chunk by chunk and device by device."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jax.typing import ArrayLike
+
+from jaxbce import _checks, _placement
+from jaxbce._head import arguments
+from jaxbce._head.chunks import chunk_logits, columns
+from jaxbce._head.mesh import Devices, OnMesh
+
+Candidates = tuple[jax.Array, jax.Array]  # logits of each row and their labels
+Layer = tuple[jax.Array, jax.Array, jax.Array | None]  # features, kernel and bias
+
+
+def linear_top_k(
+    features: ArrayLike,
+    kernel: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    k: int,
+    chunk_size: int | None = None,
+    mesh: Mesh | None = None,
+    batch_axis: str | tuple[str, ...] | None = None,
+    label_axis: str | tuple[str, ...] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The k highest of the logits features @ kernel + bias, which are never held, and their labels.
+
+    Use it to predict with a head of very many labels.
+
+    Formula: `jax.lax.top_k(features @ kernel + bias, k)`.
+
+    Args:
+      features: float array [..., D].
+      kernel: float array [D, L].
+      bias: float array [L]; None is 0.
+      k: how many, an int in [1, L].
+      chunk_size: number of labels at a time, at least k of them; None chooses.
+      mesh: devices to share the work, with axes of any type; None uses one, or what `jax.jit` makes
+        of sharded inputs.
+      batch_axis: axis of the mesh, or a tuple of axes, over which features are sharded; None
+        replicates them.
+      label_axis: axis of the mesh, or a tuple of axes, over which kernel and bias are sharded; None
+        replicates them. Each device keeps to its own labels and sends its k best.
+
+    Returns:
+      The logits [..., k] in float32 (float64 where features or kernel are), highest first, and
+      their labels [..., k] in int32.
+
+    Raises:
+      TypeError: features, kernel or bias are not floating-point, or not an array.
+      ValueError: a shape does not fit, an axis of the mesh does not exist, is given for both or
+        does not divide its size, or k or chunk_size is not valid.
+
+    Edge values: of equal logits the one of the lowest label comes first, as in `jax.lax.top_k`.
+
+    Differentiable: the logits are, with respect to features, kernel and bias; on a mesh in reverse
+    mode only.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbce
+      >>> logits, labels = jaxbce.linear_top_k(jnp.ones(2), jnp.array([[1., 3, 2], [1, 1, 2]]), k=2)
+      >>> print(logits, labels)
+      [4. 4.] [1 2]
+
+    Source: `jax.lax.top_k`, merged over chunks.
+    """
+    name = "linear_top_k"
+    devices = Devices.named(name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis)
+    arrays = _checks.jit_arguments(name, features=features, kernel=kernel, bias=bias)
+    num_labels = next(reversed(getattr(arrays[1], "shape", ())), None)
+    _checks.check_size(name, "k", k, num_labels if isinstance(num_labels, int) else None)
+    best: tuple[jax.Array, jax.Array] = _top_k(*arrays, name=name, k=k, devices=devices)
+    return best
+
+
+def _by_row_and_whole(features: Any, *_: Any, **__: Any) -> tuple[PartitionSpec, PartitionSpec]:
+    spec = PartitionSpec(*_placement.common_spec(features)[:-1], None)
+    return spec, spec
+
+
+@_placement.compiled("name", "k", "devices", result=_by_row_and_whole)
+def _top_k(
+    features: Any, kernel: Any, bias: Any, *, name: str, k: int, devices: Devices
+) -> tuple[jax.Array, jax.Array]:
+    features, kernel, bias = arguments.prepare_layer(name, features, kernel, bias)
+    num_labels = kernel.shape[1]
+    lead = features.shape[:-1]
+    features = features.reshape(math.prod(lead), features.shape[-1])
+    plan = devices.over(name, features.shape[0], num_labels)
+    layer = features, kernel, bias
+    if isinstance(plan, OnMesh):
+        values, ids = best_of_devices(plan, k, layer)
+    else:
+        values, ids = top_k_pass(*layer, k, plan.chunk_size)
+    return values.reshape(*lead, k), ids.reshape(*lead, k)
+
+
+def best(values: jax.Array, ids: jax.Array, k: int) -> Candidates:
+    """The k highest of the candidates of each row; of equal ones, the first."""
+    values, order = jax.lax.top_k(values, k)
+    return values, jnp.take_along_axis(ids, order, axis=1)
+
+
+def top_k_pass(
+    features: jax.Array, kernel: jax.Array, bias: jax.Array | None, k: int, chunk_size: int
+) -> Candidates:
+    """The k highest logits of each row and their labels; of equal ones, the lowest label first."""
+    num_labels = kernel.shape[1]
+    chunk_size = max(chunk_size, k)
+    whole = max(num_labels // chunk_size - 1, 0)
+    first = num_labels - whole * chunk_size
+
+    def best_of(start: jax.Array | int, size: int) -> Candidates:
+        part = columns(kernel, start, size)
+        logits, _ = chunk_logits(
+            features, part, None if bias is None else columns(bias, start, size)
+        )
+        values, ids = jax.lax.top_k(logits, k)
+        return values, ids + start
+
+    def step(found: Candidates, start: jax.Array) -> tuple[Candidates, None]:
+        # The lower labels come first, and `best` prefers the first of equal values.
+        values, ids = (
+            jnp.concatenate(pair, axis=1)
+            for pair in zip(found, best_of(start, chunk_size), strict=True)
+        )
+        return best(values, ids, k), None
+
+    # The first chunk also takes the labels left over; it holds at least k.
+    found = best_of(0, first)
+    if whole:  # `jax.disable_jit` refuses a loop of no turns
+        starts = first + jnp.arange(whole, dtype=jnp.int32) * chunk_size
+        found, _ = jax.lax.scan(step, found, starts)
+    return found
+
+
+def layer_specs(plan: OnMesh, layer: Layer) -> Any:
+    names = ("features", "kernel", "bias")
+    return tuple(
+        None if array is None else plan.specs()[name]
+        for name, array in zip(names, layer, strict=True)
+    )
+
+
+def candidates(plan: OnMesh, k: int, layer: Layer) -> Candidates:
+    """The best of a device's own labels."""
+    most = min(k, layer[1].shape[1])
+    values, ids = top_k_pass(*layer, most, plan.chunk_size)
+    return values, ids + plan.offset(layer[1])
+
+
+# best_of_devices = the best of all candidates. The cotangent of a result belongs to the candidate
+# of the same label. Candidates are found once more in the backward pass: inside another
+# `jax.shard_map`, JAX takes no residuals out of this one.
+
+
+def best_of_devices_impl(plan: OnMesh, k: int, layer: Layer) -> Candidates:
+    shared = plan.shard(
+        lambda layer: candidates(plan, k, layer),
+        (layer_specs(plan, layer),),
+        (PartitionSpec(plan.batch_axis, plan.label_axis),) * 2,
+    )
+    # They are gathered on the way from one to the other. What `jax.lax.all_gather` returns counts
+    # as different on every device, and could not leave a `jax.shard_map` as one array.
+    by_row = (PartitionSpec(plan.batch_axis, None),) * 2
+    merged = plan.shard(lambda values, ids: best(values, ids, k), by_row, by_row)
+    result: Candidates = merged(*shared(layer))
+    return result
+
+
+def best_of_devices_fwd(plan: OnMesh, k: int, layer: Layer) -> tuple[Candidates, Any]:
+    values, ids = best_of_devices_impl(plan, k, layer)
+    return (values, ids), (layer, ids)
+
+
+def best_of_devices_bwd(plan: OnMesh, k: int, residuals: Any, g: Any) -> tuple[Layer]:
+    layer, ids = residuals
+
+    def local(layer: Layer, ids: jax.Array, g: jax.Array) -> Layer:
+        _, pullback, found = jax.vjp(lambda layer: candidates(plan, k, layer), layer, has_aux=True)
+        chosen = found[:, :, None] == ids[:, None, :]
+        gradients: tuple[Layer] = pullback(jnp.sum(jnp.where(chosen, g[:, None, :], 0), axis=2))
+        return gradients[0]
+
+    specs, by_row = layer_specs(plan, layer), PartitionSpec(plan.batch_axis, None)
+    return (plan.shard(local, (specs, by_row, by_row), specs)(layer, ids, g[0]),)
+
+
+best_of_devices = jax.custom_vjp(best_of_devices_impl, nondiff_argnums=(0, 1))
+best_of_devices.defvjp(best_of_devices_fwd, best_of_devices_bwd)

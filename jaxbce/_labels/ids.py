@@ -1,0 +1,189 @@
+"""Label ids (`positives`) to multi-hot arrays and back."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxbce import _checks, _placement
+
+
+def multi_hot(
+    positives: ArrayLike, num_labels: int, *, dtype: DTypeLike = jnp.float32
+) -> jax.Array:
+    """Label ids as an array of zeros and ones.
+
+    Use it to give label ids to a function that takes dense labels. `sparse_bce_with_logits` and
+    `linear_bce_with_logits` take the ids as they are.
+
+    Formula: result[..., l] = 1 if l is in positives[..., :], else 0.
+
+    Args:
+      positives: integer array [..., P] of label ids, padded with -1; P may be 0.
+      num_labels: the number of labels L, an int.
+      dtype: of the result; `bool` or `uint8` need a quarter of the memory.
+
+    Returns:
+      An array [..., L] of `dtype`.
+
+    Raises:
+      TypeError: positives are not an integer array, or dtype is none of real numbers.
+      ValueError: positives have no axis, or num_labels is not a non-negative int.
+
+    Edge values: any id outside [0, L) is padding, duplicates count once. Under `checked` an id
+    outside [0, L) other than -1 is an error.
+
+    Differentiable: no, the ids are integers.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbce
+      >>> print(jaxbce.multi_hot(jnp.array([[0, 2], [1, -1]]), 3))
+      [[1. 0. 1.]
+       [0. 1. 0.]]
+
+    Source: scikit-learn's `MultiLabelBinarizer`, with a fixed number of ids per row.
+    """
+    name = "multi_hot"
+    check_num_labels(name, num_labels)
+    _checks.check_real_dtype(name, "dtype", dtype)
+    (positives,) = _checks.jit_arguments(name, positives=positives)
+    result: jax.Array = _multi_hot_of(
+        positives, name=name, num_labels=num_labels, dtype=jnp.dtype(dtype)
+    )
+    return result
+
+
+def scatter_ones(ids: jax.Array, num_labels: int, dtype: DTypeLike) -> jax.Array:
+    """[..., L] with 1 at `ids`, which lie in [0, L]; those equal to L are dropped."""
+
+    def row(ids: jax.Array) -> jax.Array:
+        return jnp.zeros(num_labels, dtype).at[ids].set(jnp.ones((), dtype), mode="drop")
+
+    for _ in ids.shape[:-1]:
+        row = jax.vmap(row)
+    return row(ids)
+
+
+def labels_of(
+    name: str, positives: Any, shape: tuple[int, ...], counted: jax.Array | None
+) -> jax.Array:
+    """Dense labels of `shape`; ids in rows of which nothing is counted are not checked."""
+    if not shape:
+        raise ValueError(f"{name}: logits must have an axis of labels, got ()")
+    rows = None if counted is None else jnp.any(counted, axis=-1)
+    ids = _checks.positives(name, positives, shape[-1], rows_of=("logits", shape), keep=rows)
+    # One byte each: XLA reads it in the loop of the loss and keeps no wider copy. On a CPU some of
+    # its versions scatter bfloat16 as float32.
+    return scatter_ones(ids, shape[-1], jnp.uint8)
+
+
+def by_row(array: Any, **_: Any) -> PartitionSpec:
+    """The result is sharded by row as the first argument is, and each row is whole."""
+    return PartitionSpec(*_placement.common_spec(array)[:-1], None)
+
+
+@_placement.compiled("name", "num_labels", "dtype", result=by_row)
+def _multi_hot_of(positives: Any, *, name: str, num_labels: int, dtype: jnp.dtype) -> jax.Array:
+    ids = _checks.positives(name, positives, num_labels)
+    return scatter_ones(ids, num_labels, dtype)
+
+
+def positives_from_multi_hot(labels: ArrayLike, max_positives: int | None = None) -> jax.Array:
+    """The ids of the labels that are not 0.
+
+    Use it to turn dense labels, once and before training, into the much smaller `positives`.
+
+    Formula: the l with labels[..., l] ≠ 0, ascending, then -1 up to max_positives.
+
+    Args:
+      labels: bool, integer or float array [..., L] of zeros and ones.
+      max_positives: the number of ids per row P, an int; None takes the largest number of
+        positives that a row has, which must then be known: not under `jax.jit`.
+
+    Returns:
+      An int32 array [..., P].
+
+    Raises:
+      TypeError: labels are not a real array.
+      ValueError: labels have no axis, max_positives is not a non-negative int, or it is None while
+        labels are traced.
+
+    Edge values: of a row with more than P positives the first P are kept. Under `checked` such a
+    row is an error, and so is a label other than 0 and 1.
+
+    Differentiable: no, the ids are integers.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbce
+      >>> print(jaxbce.positives_from_multi_hot(jnp.array([[1, 0, 1], [0, 1, 0]])))
+      [[ 0  2]
+       [ 1 -1]]
+
+    Source: `jax.numpy.nonzero`, by row, in a fraction of its memory.
+    """
+    name = "positives_from_multi_hot"
+    (labels,) = _checks.jit_arguments(name, labels=labels)
+    if max_positives is not None:
+        _checks.check_size(name, "max_positives", max_positives, least=0)
+    elif isinstance(labels, jax.core.Tracer):
+        raise ValueError(
+            f"{name}: max_positives must be given where labels are traced (under jax.jit, "
+            "jax.vmap, jaxbce.checked), got None; pass the largest number of positives of a row"
+        )
+    else:
+        counts = jnp.count_nonzero(check_labels(name, labels), axis=-1)
+        max_positives = int(counts.max(initial=0))
+    result: jax.Array = _positives_of(labels, name=name, max_positives=max_positives)
+    return result
+
+
+@_placement.compiled("name", "max_positives", result=by_row)
+def _positives_of(labels: Any, *, name: str, max_positives: int) -> jax.Array:
+    labels = check_labels(name, labels)
+    if labels.dtype != jnp.bool_:
+        _checks.check_values(name, "labels", labels, (labels == 0) | (labels == 1), "0 or 1")
+    counts = jnp.count_nonzero(labels, axis=-1)
+    rule = f"at most {max_positives} (max_positives) in a row"
+    _checks.check_values(name, "positives", counts, counts <= max_positives, rule)
+
+    if not labels.shape[-1]:
+        return jnp.full((*labels.shape[:-1], max_positives), -1, jnp.int32)
+
+    def row(labels: jax.Array) -> jax.Array:
+        # `jax.numpy.nonzero` would hold several int32 for each label. Eight labels to a byte, only
+        # the bytes are counted: the nth positive is in the first one up to which n are counted.
+        packed = jnp.packbits(labels.astype(bool), bitorder="little")
+        in_byte = jax.lax.population_count(packed).astype(jnp.int32)
+        counted = jnp.cumsum(in_byte)
+        nth = jnp.arange(1, max_positives + 1, dtype=jnp.int32)
+        at = jnp.searchsorted(counted, nth)
+        byte = packed.at[at].get(mode="clip")
+        rank = nth - (counted - in_byte).at[at].get(mode="clip")
+        for lower in range(1, 8):
+            byte = jnp.where(rank > lower, byte & (byte - 1), byte)  # without its lowest bit
+        # Now its lowest bit is the positive; below it are as many bits as its place in the byte.
+        place = jax.lax.population_count(~byte & (byte - 1)).astype(jnp.int32)
+        return jnp.where(at < packed.size, 8 * at + place, -1)
+
+    for _ in labels.shape[:-1]:
+        row = jax.vmap(row)
+    return row(labels)
+
+
+def check_num_labels(name: str, num_labels: Any) -> None:
+    if num_labels is None:
+        raise ValueError(
+            f"{name}: num_labels must be given with positives, which do not tell it, got None; "
+            "pass the number of labels, logits.shape[-1]"
+        )
+    _checks.check_size(name, "num_labels", num_labels, least=0)
+
+
+def check_labels(name: str, labels: Any) -> jax.Array:
+    """Dense labels with a label axis, in their own dtype."""
+    array = _checks.real(name, "labels", labels)
+    if not array.ndim:
+        raise ValueError(f"{name}: labels must have an axis of labels, got one number")
+    return array

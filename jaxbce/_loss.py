@@ -1,0 +1,298 @@
+"""An elementwise loss as one value: checked, prepared, mapped over arrays, reduced."""
+
+import dataclasses
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
+
+from jaxbce import _checks, _math, _placement, _program, _reduce
+from jaxbce._labels import ids
+
+OPTIONS = ("weight", "label_smoothing", "where", "axis", "reduction")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """An elementwise loss of your own, with all that the losses of jaxbce have.
+
+    Use it to try a new loss: write it for one logit and one label. Call the object on arrays, or
+    give it to `linear_loss` and `linear_update` as it is. Make it once, outside of the training
+    step: a new function is compiled anew.
+
+    Formula: loss(logits, labels) = fn(x, y, *parameters) for each logit x and its label y.
+
+    Args:
+      fn: a function of one logit, one label and one number for each parameter, all scalars of the
+        dtype of the arithmetic. It returns one number, and JAX can trace it and differentiate it.
+      parameters: the names of the arguments of fn that may differ by label, or by element, in the
+        order of fn. One that has a default in fn may be left out of a call.
+
+    Returns:
+      An object to call with `(logits, labels, *, weight=None, label_smoothing=0.0, where=None,
+      axis=None, reduction="mean", **parameters)`. These mean what they mean for `bce_with_logits`;
+      a parameter is a real array that broadcasts to the shape of logits.
+
+    Raises:
+      TypeError: fn is not a function, parameters are not names, a call lacks a required parameter
+        or has an unknown one, or fn does not return a float.
+      ValueError: fn does not return one number, holds a traced value, has not so many arguments, or
+        a name of parameters is that of an option. Calling it raises what `bce_with_logits` does.
+
+    Edge values: those of fn. What is masked, or is not finite and has a weight of 0, has no part in
+    the loss nor in a gradient, also where it is NaN.
+
+    Differentiable: as fn is, with respect to logits, float labels, weight, label_smoothing and
+    parameters.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxbce
+      >>> def adjusted(logit, label, log_prior):
+      ...     return jaxbce.softplus(logit + log_prior) - label * (logit + log_prior)
+      >>> loss = jaxbce.Loss(adjusted, parameters=("log_prior",))
+      >>> logits, labels = jnp.array([[2.0, -1.0]]), jnp.array([[1, 0]])
+      >>> print(round(float(loss(logits, labels, log_prior=jnp.array([-1.0, -3.0]))), 4))
+      0.1657
+
+    Source: `bce_with_logits`, `focal_loss` and `asymmetric_loss` are made of such objects.
+    """
+
+    fn: Callable[..., jax.Array]
+    parameters: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = self.parameters
+        if not callable(self.fn):
+            raise TypeError(
+                f"Loss: fn must be a function of one logit and one label, got "
+                f"{type(self.fn).__name__}"
+            )
+        if not isinstance(names, (tuple, list)) or not all(
+            isinstance(name, str) and name.isidentifier() for name in names
+        ):
+            raise TypeError(
+                f'Loss: parameters must be a tuple of names, got {names!r}; one name is ("margin",)'
+            )
+        if taken := [name for name in names if name in OPTIONS or names.count(name) > 1]:
+            raise ValueError(
+                f"Loss: parameters must have names of their own, got {taken[0]!r}, which is taken; "
+                "rename it in the call of the loss"
+            )
+        object.__setattr__(self, "parameters", tuple(names))
+
+    def __call__(
+        self,
+        logits: ArrayLike,
+        labels: ArrayLike,
+        *,
+        weight: ArrayLike | None = None,
+        label_smoothing: ArrayLike = 0.0,
+        where: ArrayLike | None = None,
+        axis: int | tuple[int, ...] | None = None,
+        reduction: str = "mean",
+        **parameters: ArrayLike,
+    ) -> jax.Array:
+        """The loss of `logits` against `labels`: see `bce_with_logits`."""
+        if unknown := parameters.keys() - set(self.parameters):
+            raise TypeError(
+                f"Loss: {min(unknown)} is no option, got one of that name; this loss has "
+                f"{', '.join((*self.parameters, *OPTIONS))}"
+            )
+        return evaluate(
+            "Loss",
+            self,
+            logits,
+            labels,
+            parameters=parameters,
+            weight=weight,
+            label_smoothing=label_smoothing,
+            where=where,
+            axis=axis,
+            reduction=reduction,
+            program=self.program("Loss", parameters),
+        )
+
+    def defaults(self, name: str) -> dict[str, Any]:
+        """The parameters that have a default in fn, with it."""
+        arguments = list(inspect.signature(self.fn).parameters.values())
+        variadic = any(a.kind is inspect.Parameter.VAR_POSITIONAL for a in arguments)
+        if len(arguments) != 2 + len(self.parameters) and not variadic:
+            raise ValueError(
+                f"{name}: fn must be a function of a logit, a label and {len(self.parameters)} "
+                f"parameters, got one of {len(arguments)} arguments; name the others in "
+                "parameters, or bind them with functools.partial"
+            )
+        given = zip(self.parameters, arguments[2:], strict=False)
+        return {own: a.default for own, a in given if a.default is not inspect.Parameter.empty}
+
+    def mapped(self, ndim: int, given: tuple[str, ...]) -> Callable[..., jax.Array]:
+        """The loss of arrays of `ndim` axes: logits, labels and the parameters that are `given`."""
+        missing = self.defaults("Loss") if given != self.parameters else {}
+
+        def scalar(x: jax.Array, y: jax.Array, *arrays: jax.Array) -> jax.Array:
+            values = missing | dict(zip(given, arrays, strict=True))
+            return self.fn(x, y, *(values[name] for name in self.parameters))
+
+        return _math.over(scalar, ndim)
+
+    def program(self, name: str, given: Any) -> tuple[_program.Equation, ...]:
+        """What fn does now; an error where it is no loss, or lacks a parameter."""
+        defaults = self.defaults(name)
+        if missing := [own for own in self.parameters if own not in {*given, *defaults}]:
+            raise TypeError(
+                f"{name}: {missing[0]} is a required parameter of this loss, got none; pass "
+                f"{missing[0]}=..., or give it a default in the function"
+            )
+        number = jax.ShapeDtypeStruct((), jnp.float32)
+        scalar = self.mapped(0, tuple(given))
+        remedy = "name it in parameters, and pass it in the call"
+        return _program.of_loss(name, scalar, [number] * (2 + len(given)), remedy)
+
+
+def magnitude(*values: jax.Array | None) -> jax.Array:
+    """Not finite where one of the values is not, or where a product of them may not be."""
+    sizes = [jnp.maximum(jnp.abs(value), 1) for value in values if value is not None]
+    return functools.reduce(operator.mul, sizes)
+
+
+def evaluate(
+    name: str,
+    loss: Loss,
+    scores: ArrayLike,
+    labels: ArrayLike,
+    *,
+    parameters: Mapping[str, ArrayLike | None] | None = None,
+    weight: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    where: ArrayLike | None = None,
+    axis: int | tuple[int, ...] | None = None,
+    reduction: str = "none",
+    score_name: str = "logits",
+    defined_for: tuple[str, ...] = (),
+    sparse: bool = False,
+    program: tuple[_program.Equation, ...] = (),
+) -> jax.Array:
+    """Checks what does not need an array, then makes one cached, compiled call.
+
+    Outside of [0, 1] of an argument in `defined_for` the loss may be infinite, or NaN.
+    """
+    _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
+    axes = _checks.axes_or_none(name, axis, reduction)
+    given = {n: value for n, value in (parameters or {}).items() if value is not None}
+    arrays = _checks.jit_arguments(
+        name,
+        **{score_name: scores, "positives" if sparse else "labels": labels},
+        weight=weight,
+        label_smoothing=_checks.fraction_or_none(name, "label_smoothing", label_smoothing),
+        where=where,
+        **given,
+    )
+    result: jax.Array = evaluate_arrays(
+        *arrays,
+        name=name,
+        loss=loss,
+        given=tuple(given),
+        reduction=reduction,
+        axes=axes,
+        score_name=score_name,
+        defined_for=defined_for,
+        sparse=sparse,
+        program=program,
+    )
+    return result
+
+
+def result_spec(
+    *arrays: Any, name: str, score_name: str, reduction: str, axes: Any, **_: Any
+) -> PartitionSpec:
+    spec = _placement.common_spec(*arrays)
+    if reduction == "none":
+        return spec
+    reduced = _checks.axes_of(name, axes, score_name, len(spec))
+    return PartitionSpec(*(names for axis, names in enumerate(spec) if axis not in reduced))
+
+
+STATIC = [
+    "name",
+    "loss",
+    "given",
+    "reduction",
+    "axes",
+    "score_name",
+    "defined_for",
+    "sparse",
+    "program",
+]
+
+
+@_placement.compiled(*STATIC, result=result_spec)
+def evaluate_arrays(
+    scores: Any,
+    labels: Any,
+    weight: Any,
+    label_smoothing: Any,
+    where: Any,
+    *parameters: Any,
+    name: str,
+    loss: Loss,
+    given: tuple[str, ...],
+    reduction: str,
+    axes: tuple[int, ...] | None,
+    score_name: str,
+    defined_for: tuple[str, ...],
+    sparse: bool,
+    program: tuple[_program.Equation, ...],
+) -> jax.Array:
+    """`program` is a part of what the compiled call is known by."""
+    x = _checks.floating(name, score_name, scores, None if sparse else labels)
+    dtype, shape = _math.accumulator(x), x.shape
+    x = x.astype(dtype)
+    axes = _checks.axes_of(name, axes, score_name, x.ndim)
+    where = _checks.mask(name, where, score_name, shape)
+
+    def broadcast(argument: str, values: Any) -> jax.Array:
+        return _checks.broadcast(name, argument, values, score_name, shape).astype(dtype)
+
+    own_weight = None
+    if weight is not None:
+        own_weight = _checks.real(name, "weight", weight).astype(dtype)
+        weight = broadcast("weight", own_weight)
+        own_weight = jnp.expand_dims(own_weight, range(x.ndim - own_weight.ndim))
+    extras = [broadcast(*pair) for pair in zip(given, parameters, strict=True)]
+    counted = _reduce.counted(weight, where)
+    if sparse:
+        y = ids.labels_of(name, labels, shape, counted)
+    else:
+        y = _checks.labels_like(name, labels, score_name, shape)
+    y = y.astype(dtype)
+    if score_name == "probs":
+        _checks.check_unit_interval(name, "probs", x, counted)
+    _checks.check_unit_interval(name, "labels", y, counted)
+    for argument, extra in zip(given, extras, strict=True):
+        if argument == "pos_weight":
+            _checks.check_not_negative(name, argument, extra, counted)
+
+    size = magnitude(x, y, *extras)
+    for argument in defined_for:
+        value = y if argument == "labels" else x
+        size = jnp.where((value >= 0) & (value <= 1), size, jnp.nan)
+    keep = _reduce.kept(size, weight, where)
+    if keep is not None:
+        # Before anything is computed of them, so that no NaN reaches a gradient.
+        x, y = jnp.where(keep, x, 0), jnp.where(keep, y, 0)
+        extras = [jnp.where(keep, extra, 1) for extra in extras]
+        weight = None if weight is None else jnp.where(keep, weight, 0)
+    if label_smoothing is not None:
+        a = _checks.number(name, "label_smoothing", label_smoothing).astype(dtype)
+        _checks.check_unit_interval(name, "label_smoothing", a)
+        y = y * (1 - a) + a * 0.5
+    values = loss.mapped(x.ndim, given)(x, y, *extras).astype(dtype)
+    if weight is not None:
+        values = values * weight
+    return _reduce.reduce_loss(values, own_weight, keep, where, reduction, axes)

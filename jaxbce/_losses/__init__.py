@@ -1,0 +1,1 @@
+"""The losses, one file each: formula, derivatives, value, public functions."""

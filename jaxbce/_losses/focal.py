@@ -1,0 +1,286 @@
+"""Focal loss: formula, derivatives, value, and its public functions."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxbce import _checks, _math
+from jaxbce._loss import Loss, evaluate
+from jaxbce._losses import bce
+from jaxbce._math import WHOLE, multiply_no_nan, multiply_no_nan_value, product
+
+# Focal loss with p = sigmoid(x), q = sigmoid(-x), m = 1 - p_t = (1 - y) p + y q and c the binary
+# cross-entropy:
+#
+#   loss = alpha_t m^gamma c,  alpha_t = (1 - alpha) (1 - y) + alpha y
+#
+# With s = p - y, m^gamma c and its derivatives are sums of terms m^k (p q)^j f, in which f is c, s,
+# x or 1:
+#
+#   ∂m/∂x = (1 - 2 y) p q   ∂(p q)/∂x = -(p - q) p q   ∂c/∂x = s    ∂s/∂x = p q
+#   ∂m/∂y = -(p - q)        ∂(p q)/∂y = 0              ∂c/∂y = -x   ∂s/∂y = -1
+
+FACTORS: dict[str, _math.Kernel] = {
+    "c": bce.value,
+    "s": _math.sigmoid_minus_value,
+    "x": lambda x, y: x,
+    "1": lambda x, y: jnp.ones_like(x),
+}
+BY_X = {"c": (0, "s"), "s": (1, "1"), "x": (0, "1")}  # f: the power of p q and the f of ∂f/∂x
+MINUS_BY_Y = {"c": "x", "s": "1"}
+
+
+def m_value(x: jax.Array, y: jax.Array) -> jax.Array:
+    return _math.sigmoid_mix_value(x, 1 - y, -y)
+
+
+def log_m_in_exponent(x: jax.Array, y: jax.Array) -> jax.Array:
+    """log m, of which an exponent needs no relative accuracy where it is near 0."""
+    # For a hard label m is p or q, whose logarithm is right also where it underflows.
+    hard, of_hard = (y == 0) | (y == 1), -bce.value(x, 1 - y)
+    logarithm = jnp.where(hard, of_hard, _math.log(m_value(x, y)))
+    return jnp.maximum(logarithm, -float(jnp.finfo(x.dtype).max))  # finite: a term of 0 is left 0
+
+
+def log_m_value(x: jax.Array, y: jax.Array) -> jax.Array:
+    p_t = _math.sigmoid_mix_value(x, y, y - 1)
+    near_1 = (y > 0) & (y < 1) & (p_t < 0.5)
+    return jnp.where(near_1, lax.log1p(-p_t, accuracy=_math.HIGHEST), log_m_in_exponent(x, y))
+
+
+def log_m_partials(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    by_x = (1 - 2 * y) * focal_term(-1, 1, "1")(x, y, None)
+    return by_x, -product(_math.tanh_half(x), focal_term(-1, 0, "1")(x, y, None))
+
+
+log_m = _math.with_jvp(log_m_value, log_m_partials)
+
+
+@functools.cache
+def focal_term(k: float, j: int, f: str) -> _math.Kernel:
+    """m^(k + g) (p q)^j f of x, y and g; a g of None is 0."""
+
+    def value(x: jax.Array, y: jax.Array, g: jax.Array | None) -> jax.Array:
+        m, pq = m_value(x, y), _math.sigmoid_slope_value(x)
+        factor = FACTORS[f](x, y)
+        if g is None and k in WHOLE:
+            return multiply_no_nan_value(
+                lax.integer_pow(m, int(k)) * lax.integer_pow(pq, j), factor
+            )
+        # m^k (p q)^j = m^(k + j) (p q / m)^j with p q / m <= 1, so that no power that overflows
+        # meets one that underflows; c and s are divided by an m too. Where m itself underflows the
+        # label is hard and m the smaller of p and q; so are p q, c and |s|.
+        info = jnp.finfo(x.dtype)
+        vanished = m < info.tiny
+        ratio = jnp.where(vanished, 1, _math.quotient(pq, m))
+        exponent = k + j if g is None else k + j + g
+        if f in ("c", "s"):
+            exponent = exponent + 1
+            limit = 1 if f == "c" else 1 - 2 * y
+            factor = jnp.where(vanished, limit, _math.quotient(factor, m))
+        # Finite, with room for coefficients: a tangent of 0 annihilates it, and opposites can meet.
+        power = _math.exp(jnp.minimum(exponent * log_m_in_exponent(x, y), math.log(info.max) - 7))
+        return multiply_no_nan_value(power * lax.integer_pow(ratio, j), factor)
+
+    def partials(
+        x: jax.Array, y: jax.Array, g: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        def term(k: float, j: int, f: str) -> jax.Array:
+            return focal_term(k, j, f)(x, y, g)
+
+        minus_tanh = -_math.tanh_half(x)
+        by_x, by_y, by_g = jnp.zeros_like(x), jnp.zeros_like(x), None
+        if g is not None or k:
+            exponent = k if g is None else k + g
+            by_x += exponent * (1 - 2 * y) * term(k - 1, j + 1, f)
+            by_y += exponent * product(minus_tanh, term(k - 1, j, f))
+        if j:
+            by_x += j * product(minus_tanh, term(k, j, f))
+        if f in BY_X:
+            more, g_x = BY_X[f]
+            by_x += term(k, j + more, g_x)
+        if f in MINUS_BY_Y:
+            by_y -= term(k, j, MINUS_BY_Y[f])
+        if g is not None:
+            by_g = product(log_m(x, y), term(k, j, f))
+        return by_x, by_y, by_g
+
+    return _math.with_jvp(value, partials)
+
+
+@functools.cache
+def focal(gamma: float | None) -> _math.Kernel:
+    """The loss of x, y, alpha and g; gamma is None where it is the array g."""
+    power = focal_term(gamma or 0, 0, "c")
+
+    def loss(
+        x: jax.Array, y: jax.Array, alpha: jax.Array | None = None, g: jax.Array | None = None
+    ) -> jax.Array:
+        if alpha is None:
+            return power(x, y, g)
+        return multiply_no_nan((1 - alpha) * (1 - y) + alpha * y, power(x, y, g))
+
+    return _math.rematerialised(loss, _math.recomputed)
+
+
+def focal_of(name: str, alpha: Any, gamma: Any) -> tuple[Loss, dict[str, Any]]:
+    """The loss, and the alpha and gamma that it takes: a known gamma is in its kernel."""
+    if alpha is not None and _checks.is_static(alpha):
+        alpha = _checks.static_number(name, "alpha", alpha, "in [0, 1]", 0, math.nextafter(1, 2))
+    exponent = None
+    if gamma is None or _checks.is_static(gamma):
+        valid = "finite and at least 0"
+        exponent, gamma = _checks.static_number(name, "gamma", gamma, valid, 0, math.inf), None
+    return Loss(focal(exponent), ("alpha", "gamma")), {"alpha": alpha, "gamma": gamma}
+
+
+def focal_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    gamma: ArrayLike = 2.0,
+    alpha: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    where: ArrayLike | None = None,
+    axis: int | tuple[int, ...] | None = None,
+    reduction: str = "mean",
+) -> jax.Array:
+    """Binary cross-entropy that gives less to what the model already gets right.
+
+    Use it where easy negatives are so many that together they drown the rest, as in dense object
+    detection. It trains scores that rank well; sigmoid(logits) is then no calibrated probability.
+
+    Formula, with x a logit, y its label, w its weight and p = sigmoid(x):
+
+      loss = w · αₜ (1 − pₜ)ᵞ [(1 − y) softplus(x) + y softplus(−x)]
+      pₜ = y p + (1 − y) (1 − p),  αₜ = y α + (1 − y) (1 − α), or 1 without alpha
+
+    Args:
+      logits: float array of any shape.
+      labels: float, integer or bool array of the same shape, in [0, 1]; soft ones mix in pₜ and αₜ.
+      gamma: number ≥ 0, or real array that broadcasts to the shape of logits: how much less. A
+        Python number is compiled in, once for each value, and is faster and, where it is whole,
+        more accurate; 0 without alpha is then exactly `bce_with_logits`.
+      alpha: number in [0, 1], or real array that broadcasts to the shape of logits: the share of
+        the positive class; None weights neither.
+      weight: real array that broadcasts to the shape of logits and multiplies the loss; None is 1.
+        One value per row of a (batch, labels) array is `weight[:, None]`.
+      label_smoothing: number a in [0, 1]; labels become y (1 − a) + a / 2.
+      where: bool array that broadcasts to the shape of logits; False leaves an element out. None
+        keeps everything.
+      axis: int or tuple of ints, the axes that are reduced; None reduces all of them.
+      reduction: "mean", "weighted_mean", "sum", "batchmean" or "none", as for `bce_with_logits`.
+        The original divides the sum by the number of positives.
+
+    Returns:
+      The loss in float32 (float64 for float64 logits): a scalar, with `axis` an array of the axes
+      that stay, for "none" one of the shape of logits.
+
+    Raises:
+      TypeError: logits are not floating-point, where is not bool, an argument is not an array.
+      ValueError: labels have another shape than logits, gamma, alpha, weight or where does not
+        broadcast to it, or gamma, alpha, label_smoothing, axis or reduction is not valid (of an
+        array for gamma or alpha the values are not checked).
+
+    Edge values: a zero coefficient annihilates (0 · ∞ = 0). Without alpha, (+∞, 1) and (−∞, 0) give
+    loss 0 and gradient 0; (+∞, 0) and (−∞, 1) give loss ∞ and gradients 1 and −1; NaN gives NaN.
+    Where masked, or where weight is 0, anything gives 0. Nothing kept gives 0.
+
+    Differentiable: with respect to logits, float labels (also hard ones), weight, and an array for
+    gamma or alpha, each in its own dtype and shape, in reverse mode and forward over reverse
+    (`jax.hessian`) to any order, through the focusing factor; finite wherever the true derivative
+    is.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxbce
+      >>> logits, labels = jnp.array([2.0, -1.0, 0.5]), jnp.array([1, 0, 0])
+      >>> print(round(float(jaxbce.focal_loss(logits, labels)), 4))
+      0.134
+
+    Source: Lin et al., "Focal Loss for Dense Object Detection" (2017).
+    """
+    name = "focal_loss"
+    loss, parameters = focal_of(name, alpha, gamma)
+    return evaluate(
+        name,
+        loss,
+        logits,
+        labels,
+        parameters=parameters,
+        weight=weight,
+        label_smoothing=label_smoothing,
+        where=where,
+        axis=axis,
+        reduction=reduction,
+        defined_for=("labels",),
+    )
+
+
+def sigmoid_focal_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: ArrayLike | None = None,
+    gamma: ArrayLike = 2.0,
+    weight: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """`focal_loss` unreduced, under the name that optax and torchvision give it.
+
+    Use it in place of `optax.sigmoid_focal_loss`, with the same arguments.
+
+    Formula, with x a logit, y its label, w its weight and p = sigmoid(x):
+
+      loss = w · αₜ (1 − pₜ)ᵞ [(1 − y) softplus(x) + y softplus(−x)]
+      pₜ = y p + (1 − y) (1 − p),  αₜ = y α + (1 − y) (1 − α), or 1 without alpha
+
+    Args:
+      logits: float array of any shape.
+      labels: float, integer or bool array of the same shape, in [0, 1]; soft ones mix in pₜ and αₜ.
+      alpha: number in [0, 1], or real array that broadcasts to the shape of logits: the share of
+        the positive class; None weights neither.
+      gamma: number ≥ 0, or real array that broadcasts to the shape of logits. A Python number is
+        compiled in, once for each value, and is faster.
+      weight: real array that broadcasts to the shape of logits and multiplies the loss; None is 1.
+        One value per row of a (batch, labels) array is `weight[:, None]`.
+      where: bool array that broadcasts to the shape of logits; False gives a loss of 0. None keeps
+        everything.
+
+    Returns:
+      One loss per logit in float32 (float64 for float64 logits), 0 where masked.
+
+    Raises:
+      TypeError, ValueError: as `focal_loss`. Labels are never broadcast, unlike optax's.
+
+    Edge values: as `focal_loss`.
+
+    Differentiable: as `focal_loss`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxbce
+      >>> logits, labels = jnp.array([2.0, -1.0]), jnp.array([1, 0])
+      >>> loss = jax.jit(lambda gamma: jaxbce.sigmoid_focal_loss(logits, labels, gamma=gamma))
+      >>> print(loss(2.0).round(4))
+      [0.0018 0.0227]
+
+    Source: `optax.sigmoid_focal_loss` and `torchvision.ops.sigmoid_focal_loss`, whose alpha is 0.25
+    unless it is given.
+    """
+    name = "sigmoid_focal_loss"
+    loss, parameters = focal_of(name, alpha, gamma)
+    return evaluate(
+        name,
+        loss,
+        logits,
+        labels,
+        parameters=parameters,
+        weight=weight,
+        where=where,
+        defined_for=("labels",),
+    )

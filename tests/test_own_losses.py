@@ -1,0 +1,208 @@
+"""`jaxbce.Loss`: a function of one logit and one label with all that the losses here have."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from composing import LABELS, ROWS, dense_head, draw_head
+from heads import assert_close, value_and_gradients
+
+import jaxbce
+
+TAU = 0.5
+
+
+def adjusted(logit, label, log_prior):
+    """The logit-adjusted loss, of a sigmoid."""
+    moved = logit + TAU * log_prior
+    return jaxbce.softplus(moved) - label * moved
+
+
+def hinge(logit, label, margin=1.0, slope=1.0):
+    return slope * jnp.maximum(0, margin - (2 * label - 1) * logit)
+
+
+ADJUSTED = jaxbce.Loss(adjusted, ("log_prior",))
+HINGE = jaxbce.Loss(hinge, ("margin", "slope"))
+
+
+@pytest.fixture
+def drawn(rng):
+    return {
+        "logits": jnp.asarray(rng.normal(size=(ROWS, LABELS)), jnp.float32),
+        "labels": jnp.asarray(rng.integers(0, 2, (ROWS, LABELS)), jnp.float32),
+        "log_prior": jnp.asarray(rng.normal(-2, 1, LABELS), jnp.float32),
+    }
+
+
+def test_is_the_function_of_each_element(drawn):
+    expected = adjusted(drawn["logits"], drawn["labels"], drawn["log_prior"][None])
+    got = ADJUSTED(**drawn, reduction="none")
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    np.testing.assert_allclose(ADJUSTED(**drawn), expected.mean(), rtol=1e-6)
+
+
+def test_parameters_have_gradients_in_their_own_shape(drawn):
+    slopes = jax.grad(lambda prior: ADJUSTED(**(drawn | {"log_prior": prior})))(drawn["log_prior"])
+    by_logit = jax.grad(lambda x: ADJUSTED(**(drawn | {"logits": x})))(drawn["logits"])
+    assert_close(slopes, TAU * by_logit.sum(0))
+
+
+def test_is_differentiated_in_forward_mode_too(drawn):
+    def total(x):
+        return ADJUSTED(**(drawn | {"logits": x}), reduction="sum")
+
+    ones = jnp.ones_like(drawn["logits"])
+    pushed = jax.jvp(total, (drawn["logits"],), (ones,))[1]
+    assert_close(pushed, jax.grad(total)(drawn["logits"]).sum())
+
+
+@pytest.mark.parametrize("given", [(), ("margin",), ("slope",), ("slope", "margin")], ids=str)
+def test_a_parameter_with_a_default_may_be_left_out(given, drawn):
+    values = {"margin": np.float32(0.5), "slope": np.arange(LABELS, dtype=np.float32)}
+    values = {name: values[name] for name in given}
+    got = HINGE(drawn["logits"], drawn["labels"], reduction="none", **values)
+    wide = {name: jnp.broadcast_to(value, got.shape) for name, value in values.items()}
+    np.testing.assert_allclose(got, hinge(drawn["logits"], drawn["labels"], **wide), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_dtypes(dtype, drawn):
+    with jax.enable_x64(dtype == "float64"):
+        seen = []
+
+        def fn(logit, label):
+            seen.append((logit.dtype, label.dtype))
+            return (logit - label) ** 2
+
+        logits = drawn["logits"].astype(dtype)
+        value, gradient = jax.value_and_grad(jaxbce.Loss(fn))(logits, drawn["labels"])
+        wide = "float64" if dtype == "float64" else "float32"
+        assert value.dtype == wide
+        assert gradient.dtype == dtype
+        assert seen[-1] == (wide, wide)
+
+
+CHUNKS = {"one chunk": {}, "chunks": {"chunk_size": 3}}
+PLACES = CHUNKS | {"mesh": {"chunk_size": 3, "batch_axis": "all"}}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_in_the_head(place, rng):
+    """As it is, with the arrays of its parameters as `per_label`."""
+    arguments = draw_head(rng, names=("bias", "weight", "margin", "positives", "where"))
+    options = dict(PLACES[place])
+    if place == "mesh":
+        kinds = (jax.sharding.AxisType.Auto,)
+        options["mesh"] = jax.make_mesh((ROWS,), ("all",), kinds, devices=jax.devices()[:ROWS])
+
+    def ours(arguments):
+        given = dict(arguments)
+        layer = [given.pop(name) for name in ("features", "kernel", "bias")]
+        per_label = (given.pop("margin"),)
+        return jaxbce.linear_loss(ADJUSTED, *layer, per_label=per_label, **given, **options)
+
+    dense = functools.partial(dense_head, formula=adjusted, parameter="margin")
+    assert_close(value_and_gradients(ours, arguments), value_and_gradients(dense, arguments), 2e-6)
+
+
+def test_in_a_step(rng):
+    arguments = draw_head(rng, names=("bias", "margin", "positives"))
+    params = {name: arguments[name] for name in ("kernel", "bias")}
+    optimizer = optax.sgd(0.1)
+    step = jaxbce.linear_update(
+        optimizer,
+        arguments["features"],
+        params,
+        optimizer.init(params),
+        loss=ADJUSTED,
+        per_label=(arguments["margin"],),
+        positives=arguments["positives"],
+        chunk_size=3,
+    )
+    loss = functools.partial(dense_head, formula=adjusted, parameter="margin")
+    value, slopes = jax.value_and_grad(lambda params: loss(arguments | params))(params)
+    np.testing.assert_allclose(step.loss, value, rtol=1e-6)
+    assert_close(step.params, jax.tree.map(lambda p, g: p - 0.1 * g, params, slopes), 2e-6)
+
+
+class Scale:
+    value = 1.0
+
+    def loss(self, logit, label):
+        return self.value * (logit - label) ** 2
+
+
+def test_reads_what_its_function_reads_now(drawn):
+    scale = Scale()
+    loss = jaxbce.Loss(scale.loss)
+    for value in (1.0, 3.0, 1.0):
+        scale.value = value
+        expected = scale.loss(drawn["logits"], drawn["labels"]).mean()
+        np.testing.assert_allclose(loss(drawn["logits"], drawn["labels"]), expected, rtol=1e-6)
+
+
+def test_equal_losses_are_one():
+    same = jaxbce.Loss(adjusted, ["log_prior"])
+    assert same == ADJUSTED
+    assert hash(same) == hash(ADJUSTED)
+    assert same != jaxbce.Loss(adjusted, ("prior",))
+
+
+X = np.zeros((2, 3), np.float32)
+BAD = {
+    "no function": (lambda: jaxbce.Loss("bce"), TypeError, "fn must be a function of one logit"),
+    "one name": (lambda: jaxbce.Loss(hinge, "margin"), TypeError, r"a tuple of names.*\(\"margin"),
+    "no name": (lambda: jaxbce.Loss(hinge, (1,)), TypeError, "parameters must be a tuple of names"),
+    "taken": (lambda: jaxbce.Loss(hinge, ("weight", "slope")), ValueError, "got 'weight', which"),
+    "twice": (lambda: jaxbce.Loss(hinge, ("slope", "slope")), ValueError, "got 'slope', which"),
+    "too few": (
+        lambda: jaxbce.Loss(adjusted)(X, X),
+        ValueError,
+        "got one of 3 arguments; name the",
+    ),
+    "required": (lambda: ADJUSTED(X, X), TypeError, "log_prior is a required parameter"),
+    "unknown": (
+        lambda: ADJUSTED(X, X, log_prior=1.0, tau=1.0),
+        TypeError,
+        "tau is no option.*log_prior, weight, label_smoothing",
+    ),
+    "shape": (
+        lambda: ADJUSTED(X, X, log_prior=np.ones(2, np.float32)),
+        ValueError,
+        r"log_prior of shape \(2,\) does not broadcast to logits",
+    ),
+    "labels": (lambda: ADJUSTED(X, X[0], log_prior=1.0), ValueError, "labels must have the shape"),
+    "pair": (lambda: jaxbce.Loss(lambda x, y: (x, y))(X, X), ValueError, "one number per logit"),
+    "integer": (lambda: jaxbce.Loss(lambda x, y: x > y)(X, X), TypeError, "must return floats"),
+    "traced": (
+        lambda: jax.grad(lambda a: jaxbce.Loss(lambda x, y: a * (x - y))(X, X))(1.0),
+        ValueError,
+        "must hold no traced value.*name it in parameters",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD.values(), ids=BAD)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=f"^Loss: .*{message}"):
+        call()
+
+
+def test_errors_in_the_head():
+    layer = jnp.ones((1, 2)), jnp.ones((2, 3))
+    positives = np.array([[1]])
+    with pytest.raises(TypeError, match=r"linear_loss: log_prior is a required parameter"):
+        jaxbce.linear_loss(ADJUSTED, *layer, positives=positives)
+    two = (jnp.ones(3),) * 2
+    with pytest.raises(ValueError, match=re.escape("of which it has 1, got 2 arrays")):
+        jaxbce.linear_loss(ADJUSTED, *layer, positives=positives, per_label=two)
+
+
+def test_checked():
+    with pytest.raises(ValueError, match=r"Loss: labels must be in \[0, 1\], got 2.0"):
+        jaxbce.checked(ADJUSTED)(X, X + 2, log_prior=1.0)

@@ -183,6 +183,19 @@ def test_numbers_per_label_have_gradients(reduction, rng):
     assert_close(got, in_float64(dense, arguments, cotangent), 2e-6)
 
 
+def test_many_numbers_per_label_keep_their_order(rng):
+    """Names with numbers of several digits sort in another order than the numbers."""
+    arguments = draw_head(rng, names=("positives",))
+    numbers = [jnp.full(LABELS, float(i)) for i in range(12)]
+
+    def loss(logits, labels, *numbers):
+        return sum(10.0**-i * number[None] for i, number in enumerate(numbers)) + 0 * logits
+
+    got = jaxbce.linear_loss(loss, **arguments, per_label=tuple(numbers))
+    expected = sum(10.0**-i * i for i in range(12))
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
 def test_the_loss_sees_a_chunk_in_the_dtype_of_the_result(rng):
     arguments = draw_head(rng, names=("positives", "margin"))
     margin = arguments.pop("margin")

@@ -11,7 +11,6 @@ from jaxbce import _checks, _placement, _reduce
 from jaxbce._head import arguments, chunks
 from jaxbce._head.mesh import Devices
 from jaxbce._loss import Loss
-from jaxbce._losses.bce import BCE
 
 
 def linear_bce_with_logits(
@@ -108,26 +107,22 @@ def linear_bce_with_logits(
     name = "linear_bce_with_logits"
     _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
     devices = Devices.named(name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis)
-    arrays = arguments.as_given(
+    loss, per_label = arguments.built_in_loss(pos_weight)
+    given = arguments.as_given(
         name,
+        loss,
         features,
         kernel,
         bias,
         positives=positives,
         labels=labels,
-        per_label={"pos_weight": pos_weight},
+        per_label=per_label,
         weight=weight,
         label_smoothing=label_smoothing,
         where=where,
         ignored=ignored,
     )
-    result: jax.Array = _evaluate(
-        *arrays,
-        name=name,
-        reduction=reduction,
-        loss=chunks.ChunkLoss(BCE, () if pos_weight is None else BCE.parameters),
-        devices=devices,
-    )
+    result: jax.Array = _evaluate(given, name=name, reduction=reduction, loss=loss, devices=devices)
     return result
 
 
@@ -211,46 +206,43 @@ def linear_loss(
     name = "linear_loss"
     _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
     devices = Devices.named(name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis)
-    numbers = arguments.numbered(name, per_label)
-    chunk_loss = arguments.own_loss(name, loss, len(numbers))
-    arrays = arguments.as_given(
+    chunk_loss = arguments.own_loss(name, loss, per_label)
+    given = arguments.as_given(
         name,
+        chunk_loss,
         features,
         kernel,
         bias,
         positives=positives,
         labels=labels,
-        per_label=numbers,
+        per_label=per_label,
         weight=weight,
         where=where,
         ignored=ignored,
     )
     result: jax.Array = _evaluate(
-        *arrays,
-        name=name,
-        reduction=reduction,
-        loss=chunk_loss,
-        devices=devices,
+        given, name=name, reduction=reduction, loss=chunk_loss, devices=devices
     )
     return result
 
 
-def _by_row(features: Any, *_: Any, reduction: str, **__: Any) -> PartitionSpec:
+def _by_row(given: arguments.Given, *, reduction: str, **_: Any) -> PartitionSpec:
     """The loss of each row is sharded as the features are."""
     if reduction != "none":
         return PartitionSpec()
-    return PartitionSpec(*_placement.common_spec(features)[:-1])
+    return PartitionSpec(*_placement.common_spec(given.features)[:-1])
 
 
 @_placement.compiled("name", "reduction", "loss", "devices", result=_by_row)
 def _evaluate(
-    *arrays: Any,
+    given: arguments.Given,
+    *,
     name: str,
     reduction: str,
     loss: chunks.ChunkLoss,
     devices: Devices,
 ) -> jax.Array:
-    lead, operands, weight = arguments.prepare(*arrays, name=name, reduction=reduction, loss=loss)
+    lead, operands, weight = arguments.prepare(given, name=name, reduction=reduction, loss=loss)
     plan = devices.over(name, *operands.sizes(), loss)
     if reduction != "none":
         return chunks.total_loss(plan, operands)

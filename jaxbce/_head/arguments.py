@@ -1,7 +1,8 @@
 """What the functions of the head have in common: their arrays, checked and prepared for a pass."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,26 +10,41 @@ import jax.numpy as jnp
 from jaxbce import _checks, _math, _placement, _program, _reduce
 from jaxbce._head import chunks
 from jaxbce._loss import Loss
+from jaxbce._losses.bce import BCE
+
+
+class Given(NamedTuple):
+    """The arrays of a call as the user gave them; None for what is not given."""
+
+    features: Any
+    kernel: Any
+    bias: Any
+    positives: Any
+    labels: Any
+    weight: Any
+    label_smoothing: Any
+    where: Any
+    ignored: Any
+    per_label: tuple[Any, ...]
 
 
 def as_given(
     name: str,
+    loss: chunks.ChunkLoss,
     features: Any,
     kernel: Any,
     bias: Any,
     *,
     positives: Any,
     labels: Any,
-    per_label: dict[str, Any],
+    per_label: Sequence[Any],
     weight: Any,
     where: Any,
     ignored: Any,
     label_smoothing: Any = 0.0,
-) -> list[Any]:
-    """The arrays that `prepare` takes; those of `per_label` by name, None for what is not given."""
+) -> Given:
     _checks.check_one_of(name, positives=positives, labels=labels)
-    given = {argument: value for argument, value in per_label.items() if value is not None}
-    numbers = dict(zip(given, _checks.jit_arguments(name, **given), strict=True))
+    numbers = _checks.jit_arguments(name, **dict(zip(loss.per_label, per_label, strict=True)))
     arrays = _checks.jit_arguments(
         name,
         features=features,
@@ -41,39 +57,42 @@ def as_given(
         where=where,
         ignored=ignored,
     )
-    return [*arrays, numbers]
+    return Given._make([*arrays, tuple(numbers)])
 
 
-def numbered(name: str, per_label: Any) -> dict[str, Any]:
-    """The arrays of `per_label` under the names that errors give them."""
+def built_in_loss(pos_weight: Any) -> tuple[chunks.ChunkLoss, tuple[Any, ...]]:
+    """The loss of the logits, and its numbers per label."""
+    if pos_weight is None:
+        return chunks.ChunkLoss(BCE), ()
+    return chunks.ChunkLoss(BCE, BCE.parameters), (pos_weight,)
+
+
+def own_loss(name: str, loss: Any, per_label: Any) -> chunks.ChunkLoss:
+    """A user's loss, which must be one number per logit and a function of its arguments alone."""
     if not isinstance(per_label, (tuple, list)):
         raise TypeError(
             f"{name}: per_label must be a tuple of arrays, got {type(per_label).__name__}; one "
             "array is (per_label,)"
         )
-    return {f"per_label[{i}]": array for i, array in enumerate(per_label)}
-
-
-def own_loss(name: str, loss: Any, num_arrays: int) -> chunks.ChunkLoss:
-    """A user's loss, which must be one number per logit and a function of its arguments alone."""
     if not callable(loss):
         raise TypeError(
             f"{name}: loss must be a function of (logits, labels, *per_label), or a jaxbce.Loss, "
             f"got {type(loss).__name__}; linear_loss takes it first, linear_update as loss=..."
         )
+    names = tuple(f"per_label[{i}]" for i in range(len(per_label)))
     if isinstance(loss, Loss):
-        if num_arrays > len(loss.parameters):
+        if len(per_label) > len(loss.parameters):
             raise ValueError(
                 f"{name}: per_label must be the parameters of the loss, of which it has "
-                f"{len(loss.parameters)}, got {num_arrays} arrays; name them in jaxbce.Loss"
+                f"{len(loss.parameters)}, got {len(per_label)} arrays; name them in jaxbce.Loss"
             )
-        given = loss.parameters[:num_arrays]
-        return chunks.ChunkLoss(loss, given, loss.program(name, given))
+        program = loss.program(name, loss.parameters[: len(per_label)])
+        return chunks.ChunkLoss(loss, names, program)
     elements = jax.ShapeDtypeStruct((2, 3), jnp.float32)
-    numbers = [jax.ShapeDtypeStruct((3,), jnp.float32)] * num_arrays
+    numbers = [jax.ShapeDtypeStruct((3,), jnp.float32)] * len(per_label)
     remedy = "pass the value as one of per_label, jax.numpy.full(labels, value)"
     program = _program.of_loss(name, loss, (elements, elements, *numbers), remedy)
-    return chunks.ChunkLoss(loss, program=program)
+    return chunks.ChunkLoss(loss, names, program)
 
 
 def prepare_layer(
@@ -105,31 +124,19 @@ def prepare_layer(
 
 
 def prepare(
-    features: Any,
-    kernel: Any,
-    bias: Any,
-    positives: Any,
-    labels: Any,
-    weight: Any,
-    label_smoothing: Any,
-    where: Any,
-    ignored: Any,
-    per_label: dict[str, Any],
-    *,
-    name: str,
-    reduction: str,
-    loss: chunks.ChunkLoss,
+    given: Given, *, name: str, reduction: str, loss: chunks.ChunkLoss
 ) -> tuple[tuple[int, ...], chunks.Operands, jax.Array | None]:
     """The leading axes of the rows, the operands of a pass over them, and the weight of each."""
-    features, kernel, bias = prepare_layer(name, features, kernel, bias)
+    features, kernel, bias = prepare_layer(name, given.features, given.kernel, given.bias)
+    positives, labels, label_smoothing = given.positives, given.labels, given.label_smoothing
+    weight, ignored, where = given.weight, given.ignored, given.where
     lead, num_labels = features.shape[:-1], kernel.shape[1]
     batch, dtype = math.prod(lead), _math.accumulator(features)
     rows_of = ("features", features.shape)
     features = features.reshape(batch, features.shape[-1])
 
+    where = _checks.mask(name, where, "(..., labels)", (*lead, num_labels))
     if where is not None:
-        shape = (*lead, num_labels)
-        where = _checks.mask(name, where, "(..., labels)", shape)
         # One row for all where it is the same for all.
         rows = (1,) * len(lead) if math.prod(where.shape[:-1]) == 1 else lead
         where = jnp.broadcast_to(where, (*rows, where.shape[-1]))
@@ -161,7 +168,7 @@ def prepare(
         labels = labels.reshape(batch, num_labels)
     numbers = tuple(
         _checks.shaped(name, argument, array, (num_labels,), "(labels,)").astype(dtype)
-        for argument, array in per_label.items()
+        for argument, array in zip(loss.per_label, given.per_label, strict=True)
     )
     if label_smoothing is not None:
         label_smoothing = _checks.number(name, "label_smoothing", label_smoothing).astype(dtype)
@@ -184,7 +191,7 @@ def prepare(
         mask = chunks.chunk_mask(operands, 0, 0, num_labels)
         if counted is not None:
             mask = counted[:, None] if mask is None else mask & counted[:, None]
-        if "pos_weight" in per_label:
+        if "pos_weight" in loss.per_label:
             some_row = None if mask is None else jnp.any(mask, axis=0)
             _checks.check_not_negative(name, "pos_weight", numbers[0], some_row)
         if labels is not None:

@@ -101,13 +101,14 @@ class ChunkLoss:
     """The loss of a chunk: of its logits, its labels and the numbers of its labels."""
 
     loss: Loss | Callable[..., jax.Array]  # a function takes [rows, chunk] and numbers [chunk]
-    given: tuple[str, ...] = ()  # the parameters of a `Loss` that `per_label` holds
+    per_label: tuple[str, ...] = ()  # what errors call the numbers of its labels
     program: Hashable = ()  # what a user's loss does: a part of what a compiled pass is known by
 
     def __call__(self, logits: jax.Array, labels: jax.Array, *per_label: jax.Array) -> jax.Array:
         """All of them are [rows, chunk]."""
         if isinstance(self.loss, Loss):
-            losses = self.loss.mapped(2, self.given)(logits, labels, *per_label)
+            given = self.loss.parameters[: len(self.per_label)]
+            losses = self.loss.mapped(2, given)(logits, labels, *per_label)
         else:
             losses = jax.vmap(self.row)(logits, labels, *per_label)
         return losses.astype(logits.dtype)

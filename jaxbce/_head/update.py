@@ -14,7 +14,6 @@ from jaxbce import _checks, _math, _placement, _reduce
 from jaxbce._head import arguments, chunks, optimizers
 from jaxbce._head.mesh import Devices
 from jaxbce._loss import Loss
-from jaxbce._losses.bce import BCE
 
 
 class Optimizer(Protocol):
@@ -149,26 +148,26 @@ def linear_update(
             f"{name}: rounding_key is for parameters or state in half precision, got "
             f"{params['kernel'].dtype} and no such state; leave it out"
         )
-    numbers = {"pos_weight": pos_weight} if loss is None else arguments.numbered(name, per_label)
-    arrays = arguments.as_given(
+    if loss is None:
+        chunk_loss, per_label = arguments.built_in_loss(pos_weight)
+    else:
+        chunk_loss = arguments.own_loss(name, loss, per_label)
+    given = arguments.as_given(
         name,
+        chunk_loss,
         features,
         params["kernel"],
         params.get("bias"),
         positives=positives,
         labels=labels,
-        per_label=numbers,
+        per_label=per_label,
         weight=weight,
         label_smoothing=label_smoothing,
         where=where,
         ignored=ignored,
     )
-    if loss is None:
-        chunk_loss = chunks.ChunkLoss(BCE, () if pos_weight is None else BCE.parameters)
-    else:
-        chunk_loss = arguments.own_loss(name, loss, len(per_label))
     step: LinearUpdate = _update(
-        *arrays,
+        given,
         opt_state,
         rounding_key,
         name=name,
@@ -181,25 +180,28 @@ def linear_update(
     return step
 
 
-def _specs(features: Any, kernel: Any, bias: Any, *others: Any, **_: Any) -> Any:
+def _specs(given: arguments.Given, opt_state: Any, *_: Any, **__: Any) -> Any:
     """The results are sharded as what they replace, new state also as its parameter."""
-
-    given = [kernel] if bias is None else [kernel, bias]
+    params = {"kernel": given.kernel} | ({} if given.bias is None else {"bias": given.bias})
 
     def of_state(array: Any) -> PartitionSpec:
-        like = [each for each in given if jnp.shape(each) == jnp.shape(array)]
+        like = [each for each in params.values() if jnp.shape(each) == jnp.shape(array)]
         return _placement.common_spec(array, *like)
 
-    own: Any = jax.tree.map(_placement.common_spec, (features, kernel, bias))
-    state = jax.tree.map(of_state, others[-2])
-    params = {"kernel": own[1]} | ({} if bias is None else {"bias": own[2]})
-    specs: tuple[Any, ...] = (PartitionSpec(), own[0], params, state)
+    specs: tuple[Any, ...] = (
+        PartitionSpec(),
+        *jax.tree.map(_placement.common_spec, (given.features, params)),
+        jax.tree.map(of_state, opt_state),
+    )
     return LinearUpdate(*specs)
 
 
 @_placement.compiled("name", "reduction", "loss", "optimizer", "layout", "devices", result=_specs)
 def _update(
-    *arrays: Any,
+    given: arguments.Given,
+    opt_state: Any,
+    key: jax.Array | None,
+    *,
     name: str,
     reduction: str,
     loss: chunks.ChunkLoss,
@@ -207,8 +209,7 @@ def _update(
     layout: optimizers.Layout,
     devices: Devices,
 ) -> LinearUpdate:
-    *given, opt_state, key = arrays
-    _, operands, _ = arguments.prepare(*given, name=name, reduction=reduction, loss=loss)
+    _, operands, _ = arguments.prepare(given, name=name, reduction=reduction, loss=loss)
     params = {"kernel": operands.kernel}
     if operands.bias is not None:
         params["bias"] = operands.bias
@@ -236,7 +237,7 @@ def _update(
     rows, slope, (params, state), others = plan.update(
         pass_over, operands, (params, state), others, key
     )
-    features = jnp.asarray(given[0])
+    features = jnp.asarray(given.features)
     return LinearUpdate(
         chunks.scaled_sum(rows, operands),
         slope.reshape(features.shape).astype(features.dtype),

@@ -4,7 +4,10 @@ A function is known to `jax.jit` by its name alone: what it reads from an object
 since it was traced. Its program holds all numbers, so equal programs do the same.
 """
 
+import contextlib
 import functools
+import itertools
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,22 +28,51 @@ CALLING = (
 )
 
 
+# Operations that compute each element of their result from the same element of their operands.
+ELEMENTWISE = """
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
+    convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor
+    ge gt integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not
+    optimization_barrier or pow reduce_precision rem round rsqrt select_n shift_left
+    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh
+    xor
+"""
+# Those that drop some axes, and treat each place on the others apart.
+DROPPING = """
+    reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum squeeze
+"""
+# Those that change something outside of the program.
+EFFECTS = ("addupdate", "io_callback", "swap")
+
+
 class Equation(NamedTuple):
     """One operation of a traced program, with all that a caller can tell of it."""
 
     primitive: str
     meaning: tuple[Any, ...]  # the same for any number of labels: wiring, numbers, options, dtypes
-    axes: tuple[int, ...]  # of a reduction or a broadcast
+    axes: tuple[int, ...]  # of a reduction, a broadcast or a concatenation
     operands: tuple[tuple[int, ...], ...]  # their shapes
     results: tuple[tuple[int, ...], ...]
+    callback: Any  # finds its numbers when it runs: another function is another program
 
 
 def of_loss(
     name: str, loss: Callable[..., jax.Array], arguments: Sequence[Any], remedy: str
 ) -> tuple[Equation, ...]:
-    """The program of a user's loss, which must return one number per logit."""
-    # A new function: of one that it knows, JAX returns the program with the numbers of that time.
-    traced = jax.make_jaxpr(lambda *arrays: loss(*arrays))(*arguments)
+    """The program of a user's loss, which must return one number per logit, and its derivatives'.
+
+    A rule of a derivative may read what the loss itself does not.
+    """
+
+    # New functions: of one that it knows, JAX returns the program with the numbers of that time.
+    def value(*arrays: jax.Array) -> jax.Array:
+        return loss(*arrays)
+
+    def derivatives(*arrays: jax.Array) -> Any:
+        losses, pullback = jax.vjp(loss, *arrays)
+        return pullback(losses)
+
+    traced = jax.make_jaxpr(value)(*arguments)
     shapes, expected = [result.shape for result in traced.out_avals], arguments[0].shape
     if shapes != [expected]:
         raise ValueError(
@@ -50,17 +82,93 @@ def of_loss(
         )
     if not jnp.issubdtype(traced.out_avals[0].dtype, jnp.floating):
         raise TypeError(f"{name}: loss must return floats, got {traced.out_avals[0].dtype}")
-    return read(
-        traced,
-        f"{name}: loss must hold no traced value, of which it would lose the gradient; {remedy}",
+    programs = [traced]
+    # A loss may have no derivative, as one with a loop of unknown length.
+    with contextlib.suppress(NotImplementedError, TypeError, ValueError):
+        programs.append(jax.make_jaxpr(derivatives)(*arguments))
+    who, if_traced = f"{name}: loss", f"of which it would lose the gradient; {remedy}"
+    return tuple(equation for each in programs for equation in read(each, who, if_traced))
+
+
+def read(traced: Any, who: str, if_traced: str) -> tuple[Equation, ...]:
+    """The operations of the program of `who`, which must hold no traced value, nor have effects."""
+    # Numbers are read now, while a program is traced, and whatever its settings say of transfers.
+    with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
+        program = tuple(_equations(traced, f"{who} must hold no traced value, {if_traced}"))
+    for equation in program:
+        if equation.primitive in EFFECTS:
+            raise ValueError(
+                f"{who} must change nothing outside of it, because it runs once for each chunk of "
+                f"labels, got one with the operation {equation.primitive}; return what changes, "
+                "or change it outside"
+            )
+    return program
+
+
+def what_mixes(one: Sequence[Equation], two: Sequence[Equation]) -> str | None:
+    """None where each element is computed from itself, along the axis whose size differs.
+
+    Otherwise the operation that is not known to do so; "" where the two do different things.
+    """
+    for pair in itertools.zip_longest(one, two):
+        if None in pair or pair[0][:2] != pair[1][:2]:
+            return ""
+        if not _treats_apart(*pair):
+            return str(pair[0].primitive)
+    return None
+
+
+def _treats_apart(one: Equation, two: Equation) -> bool:
+    """Whether an operation leaves the labels in their places and computes each from itself.
+
+    The axes whose size differs between the two are those of the labels.
+    """
+
+    def labelled(shapes: Any, others: Any) -> list[tuple[Any, list[int]]]:
+        """Each shape, and the axes whose size depends on the number of labels."""
+        return [
+            (shape, [axis for axis, size in enumerate(shape) if size != other[axis]])
+            for shape, other in zip(shapes, others, strict=True)
+        ]
+
+    operands = [pair for pair in labelled(one.operands, two.operands) if pair[1]]
+    results = labelled(one.results, two.results)
+    if one.primitive in ("call", "inputs", "outputs") or not any(
+        axes for _, axes in results + operands
+    ):
+        return True
+    if not operands:
+        return one.primitive == "broadcast_in_dim"
+    return bool(results) and all(
+        len(axes) == len(new_axes) == 1 and _keeps(one, axes[0], shape, new_axes[0], new_shape)
+        for shape, axes in operands
+        for new_shape, new_axes in results
     )
 
 
-def read(traced: Any, if_traced: str) -> tuple[Equation, ...]:
-    """The operations of a program; `if_traced` is the error where it holds a traced value."""
-    # Numbers are read now, while a program is traced, and whatever its settings say of transfers.
-    with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
-        return tuple(_equations(traced, if_traced))
+def _keeps(
+    equation: Equation,
+    axis: int,
+    shape: tuple[int, ...],
+    new_axis: int,
+    new_shape: tuple[int, ...],
+) -> bool:
+    """Whether place i on an axis of an operand becomes place i on that of the result."""
+    if equation.primitive in ELEMENTWISE.split():
+        return axis == new_axis
+    if equation.primitive in DROPPING.split():
+        dropped = sum(each < axis for each in equation.axes)
+        return axis not in equation.axes and new_axis == axis - dropped
+    if equation.primitive == "broadcast_in_dim":
+        return equation.axes[axis] == new_axis
+    if equation.primitive == "concatenate":
+        return axis == new_axis != equation.axes[0]
+    if equation.primitive == "stack":
+        return new_axis == axis + (equation.axes[0] <= axis)
+    in_rows = shape[axis] == new_shape[new_axis] and (
+        math.prod(shape[axis + 1 :]) == math.prod(new_shape[new_axis + 1 :])
+    )
+    return equation.primitive == "reshape" and in_rows
 
 
 def _equations(traced: Any, if_traced: str) -> Iterator[Equation]:
@@ -76,13 +184,15 @@ def _equations(traced: Any, if_traced: str) -> Iterator[Equation]:
     def equation(
         primitive: str, operands: Sequence[Any], results: Sequence[Any], **options: Any
     ) -> Equation:
-        axes = (options.get(key) for key in ("axes", "dimensions", "broadcast_dimensions"))
+        axes = [options.get(key) for key in ("axes", "dimensions", "broadcast_dimensions")]
+        axes += [(options[key],) for key in ("dimension", "axis") if key in options]
         return Equation(
             primitive,
             (*map(described, (*operands, *results)), *filter(_is_plain, options.items())),
             next(filter(None, axes), ()),
             tuple(each.aval.shape for each in operands),
             tuple(each.aval.shape for each in results),
+            options.get("callback") if primitive == "pure_callback" else None,
         )
 
     constants = [_number(if_traced, value) for value in getattr(traced, "consts", ())]
@@ -116,7 +226,7 @@ def _inner_programs(options: Any) -> list[Any]:
 def _is_plain(option: tuple[str, Any]) -> bool:
     """Whether an option of an operation says more than shapes and the programs inside it do.
 
-    A function says how to differentiate, or is a callback, which finds its numbers when it runs.
+    A function says how to differentiate.
     """
     key, value = option
     plain = isinstance(value, Hashable) and not callable(value) and not _inner_programs(value)

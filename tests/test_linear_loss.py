@@ -1,8 +1,10 @@
 """The chunked head with masks, and with any elementwise loss, against plain jnp in float64."""
 
+import dataclasses
 import functools
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -146,6 +148,8 @@ LOSSES = {
     "focal": of_jaxbce(jaxbce.focal_loss, gamma=1.5, alpha=0.25),
     "asymmetric": of_jaxbce(jaxbce.asymmetric_loss),
     "optax": optax.sigmoid_binary_cross_entropy,
+    "optax focal": optax.sigmoid_focal_loss,
+    "focus that is constant": of_jaxbce(jaxbce.asymmetric_loss, stop_focus_gradient=True),
     "hinge": lambda logits, labels: jnp.maximum(0, 1 - (2 * labels - 1) * logits),
 }
 
@@ -311,6 +315,121 @@ def test_a_loss_reads_what_its_object_holds_now(kind, of, rng):
         margin.value = np.float32(value) * np.ones((1, 1), np.float32) if kind == "array" else value
         dense = loss(features @ kernel, jaxbce.multi_hot(positives, LABELS))
         np.testing.assert_allclose(total(), jnp.mean(dense), rtol=1e-6)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def with_slopes_up_to(x, limit):
+    return x
+
+
+with_slopes_up_to.defvjp(lambda x, _: (x, None), lambda limit, _, g: (jnp.clip(g, -limit, limit),))
+
+
+@jax.custom_jvp
+def with_slope_times(x, factor):
+    return x
+
+
+with_slope_times.defjvp(
+    lambda primals, tangents: (primals[0], primals[1] * tangents[0]), symbolic_zeros=False
+)
+
+
+class Clipped:
+    """Its value is the same for every limit; its derivative is not."""
+
+    limit = 1.0
+
+    def vjp(self, x, y):
+        return optax.sigmoid_binary_cross_entropy(with_slopes_up_to(x, self.limit), y)
+
+    def jvp(self, x, y):
+        return optax.sigmoid_binary_cross_entropy(with_slope_times(x, self.limit), y)
+
+    def callback(self, x, y):
+        limit = self.limit
+        kind = jax.ShapeDtypeStruct((), jnp.float32)
+        factor = jax.pure_callback(lambda: np.float32(limit), kind)
+        return optax.sigmoid_binary_cross_entropy(x, y) * factor
+
+
+@pytest.mark.parametrize("make", [lambda loss: loss, jaxbce.Loss], ids=["function", "Loss"])
+@pytest.mark.parametrize("rule", ["vjp", "jvp", "callback"])
+def test_a_rule_of_a_derivative_reads_what_its_object_holds_now(rule, make, rng):
+    drawn = draw_head(rng, names=("positives",))
+    features, kernel, positives = drawn["features"], drawn["kernel"], drawn["positives"]
+    clipped = Clipped()
+    loss = make(getattr(clipped, rule))
+    labels = jaxbce.multi_hot(positives, LABELS)
+
+    def of_head(kernel):
+        return jaxbce.linear_loss(loss, features, kernel, positives=positives, reduction="sum")
+
+    def dense(kernel):
+        return jnp.sum(getattr(clipped, rule)(features @ kernel, labels))
+
+    for clipped.limit in (1.0, 0.125, 1.0):
+        if rule == "callback":  # which has no derivative
+            np.testing.assert_allclose(of_head(kernel), dense(kernel), rtol=1e-6)
+        else:
+            assert_close(jax.grad(of_head)(kernel), jax.grad(dense)(kernel))
+
+
+def test_a_rule_of_a_derivative_that_holds_a_traced_value_is_refused(rng):
+    drawn = draw_head(rng, names=("positives",))
+    layer = drawn.pop("features"), drawn.pop("kernel")
+
+    def program(limit):
+        loss = jax.custom_vjp(lambda x, y: (x - y) ** 2)
+        loss.defvjp(lambda x, y: ((x - y) ** 2, None), lambda _, g: (limit * g, g))
+        return jax.grad(lambda kernel: jaxbce.linear_loss(loss, layer[0], kernel, **drawn))(
+            layer[1]
+        )
+
+    with pytest.raises(ValueError, match="must hold no traced value"):
+        jax.jit(program)(2.0)
+
+
+def counting(x, y):
+    jax.experimental.io_callback(print, None)
+    return x - y
+
+
+NOT_ELEMENTWISE = {
+    "weights of rows": lambda x, y: jnp.arange(1.0, 3.0)[:, None] * (x - y),
+    "mean of rows": lambda x, y: (1 - y.mean(0, keepdims=True)) * x,
+    "softmax": lambda x, y: -y * jax.nn.log_softmax(x),
+    "weights of labels": lambda x, y: jnp.ones((1, 3)) * (x - y),
+    "order": lambda x, y: jnp.sort(x, axis=1) - y,
+    "place": lambda x, y: x - y * jax.lax.broadcasted_iota(jnp.float32, x.shape, 1),
+    "size": lambda x, y: (x - y) / x.shape[1],
+    "noise": lambda x, y: x - y * jax.random.normal(jax.random.key(0), x.shape),
+    "effect": counting,
+}
+
+
+@pytest.mark.parametrize("loss", NOT_ELEMENTWISE.values(), ids=NOT_ELEMENTWISE)
+def test_a_function_that_mixes_logits_is_refused(loss, rng):
+    drawn = draw_head(rng, names=("positives",))
+    layer = drawn.pop("features"), drawn.pop("kernel")
+    message = "change nothing outside" if loss is counting else r"apart.*jaxbce\.Loss\(function\)"
+    with pytest.raises(ValueError, match=f"linear_loss: loss .*{message}"):
+        jaxbce.linear_loss(loss, *layer, **drawn)
+
+
+@dataclasses.dataclass
+class Unhashable:
+    scale: float = 1.0
+
+    def __call__(self, x, y):
+        return self.scale * (x - y)
+
+
+def test_a_loss_that_is_not_hashable_is_named(rng):
+    drawn = draw_head(rng, names=("positives",))
+    layer = drawn.pop("features"), drawn.pop("kernel")
+    with pytest.raises(TypeError, match=r"loss must be hashable, got Unhashable; .*per_label"):
+        jaxbce.linear_loss(Unhashable(), *layer, **drawn)
 
 
 MASK_ERRORS = {

@@ -208,3 +208,19 @@ def test_what_is_hidden_reaches_no_second_derivative(hidden_by, reduction, rng):
     for by in ("features", "kernel", "bias", "margin"):
         np.testing.assert_array_equal(got[0][by], expected[0][by], by)
         assert np.all(np.isfinite(got[1][by]))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_column_that_no_weighted_row_sees_may_hold_nan(reduction, rng):
+    """Rows of weight 0 see it, and the others mask it: no gradient but that of its own is lost."""
+    arguments = draw(rng, "own", WEIGHTS["one"], masked=False)
+    where = jnp.ones((ROWS, LABELS), bool).at[1:, 2].set(False)
+    head, _ = head_of("own", "chunks", reduction)
+    floats, fixed = moving(arguments | {"where": where})
+    dirty = floats | {"kernel": floats["kernel"].at[:, 2].set(jnp.nan)}
+    slope = jax.jit(jax.grad(lambda floats: jnp.sum(head(floats | fixed))))
+    got, expected = slope(dirty), slope(floats)
+    for name in ("features", "kernel", "bias", "margin"):
+        np.testing.assert_array_equal(got[name], expected[name], name)
+    assert got["weight"][0] == 0
+    np.testing.assert_array_equal(got["weight"][1:], expected["weight"][1:])

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -595,7 +596,7 @@ def test_an_optimizer_that_mixes_elements_is_refused(optimizer, hidden, rng):
         pytest.raises(
             ValueError,
             match=r"linear_update: optimizer "
-            r"(treats elements together|keeps state of shape|does not treat 8 labels as .* all 7)",
+            r"(is not known to treat each label apart|keeps state of shape|does not treat 8 labels as .* all 7)",
         ),
     ):
         read(hidden(optimizer), rng)
@@ -709,6 +710,66 @@ def test_an_optimizer_that_reads_what_changes(make, rng):
         owner.rate, owner.array = rate, jnp.full(3, rate)
         got = jaxbce.linear_update(optimizer, features, params, optimizer.init(params), **given)
         assert_close(got.params, apart(optimizer, arguments, 1).params, 2e-6)
+
+
+def counted(kind):
+    """An optimizer that changes something outside of it, once for each chunk."""
+    rate = jax.new_ref(jnp.float32(0))
+
+    def update(gradients, state, params=None):
+        if kind == "callback":
+            number = jax.ShapeDtypeStruct((), jnp.float32)
+            step = jax.experimental.io_callback(lambda: np.float32(1), number)
+        else:
+            rate[...] += 0.1
+            step = rate[...]
+        return jax.tree.map(lambda g: -step * g, gradients), state
+
+    return optax.GradientTransformation(lambda params: (), update)
+
+
+@pytest.mark.parametrize("kind", ["reference", "callback"])
+def test_an_optimizer_with_effects_is_refused(kind, rng):
+    with pytest.raises(ValueError, match="optimizer must change nothing outside of it"):
+        inside(counted(kind), draw_head(rng, names=NAMES), chunk_size=3)
+
+
+class Called:
+    rate = 0.1
+
+    def init(self, params):
+        return ()
+
+    def update(self, gradients, state, params=None):
+        rate = self.rate
+        number = jax.ShapeDtypeStruct((), jnp.float32)
+        step = jax.pure_callback(lambda: np.float32(rate), number)
+        return jax.tree.map(lambda g: -step * jnp.sign(g), gradients), state
+
+
+def test_a_callback_that_was_replaced(rng):
+    optimizer, arguments = Called(), draw_head(rng, names=NAMES)
+    features, params, given = split(arguments)
+    for optimizer.rate in (0.1, 0.5):
+        after = jaxbce.linear_update(optimizer, features, params, (), **given).params["bias"]
+        moved = jnp.max(jnp.abs(after - params["bias"]))
+        np.testing.assert_allclose(moved, optimizer.rate, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adam(0.1, mu_dtype=jnp.bfloat16),
+        optax.sgd(0.1, momentum=0.9, accumulator_dtype=jnp.float16),
+    ],
+    ids=["mu_dtype", "accumulator_dtype"],
+)
+def test_state_that_the_optimizer_rounds_itself(optimizer, rng):
+    """It would be rounded to the nearest, whatever the key."""
+    arguments = draw_head(rng, names=NAMES)
+    inside(optimizer, arguments)
+    with pytest.raises(ValueError, match=r"rounding_key cannot round state that .*mu_dtype"):
+        inside(optimizer, arguments, rounding_key=jax.random.key(0))
 
 
 def test_settings_that_forbid_nan_and_transfers(rng):

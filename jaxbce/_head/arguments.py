@@ -1,5 +1,6 @@
 """What the functions of the head have in common: their arrays, checked and prepared for a pass."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -79,6 +80,13 @@ def own_loss(name: str, loss: Any, per_label: Any) -> chunks.ChunkLoss:
             f"{name}: loss must be a function of (logits, labels, *per_label), or a jaxbce.Loss, "
             f"got {type(loss).__name__}; linear_loss takes it first, linear_update as loss=..."
         )
+    try:
+        hash(loss)
+    except TypeError:
+        raise TypeError(
+            f"{name}: loss must be hashable, got {type(loss).__name__}; pass its arrays as "
+            "per_label, and make a dataclass with eq=False"
+        ) from None
     names = tuple(f"per_label[{i}]" for i in range(len(per_label)))
     if isinstance(loss, Loss):
         if len(per_label) > len(loss.parameters):
@@ -88,11 +96,38 @@ def own_loss(name: str, loss: Any, per_label: Any) -> chunks.ChunkLoss:
             )
         program = loss.program(name, loss.parameters[: len(per_label)])
         return chunks.ChunkLoss(loss, names, program)
-    elements = jax.ShapeDtypeStruct((2, 3), jnp.float32)
-    numbers = [jax.ShapeDtypeStruct((3,), jnp.float32)] * len(per_label)
     remedy = "pass the value as one of per_label, jax.numpy.full(labels, value)"
-    program = _program.of_loss(name, loss, (elements, elements, *numbers), remedy)
+    program = _program.of_loss(name, loss, _chunk(2, 3, names), remedy)
+    _check_elements(name, loss, names, program)
     return chunks.ChunkLoss(loss, names, program)
+
+
+def _chunk(rows: int, labels: int, names: tuple[str, ...]) -> list[jax.ShapeDtypeStruct]:
+    """What a function of arrays is given."""
+    shapes = [(rows, labels)] * 2 + [(labels,)] * len(names)
+    return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+
+@functools.lru_cache(maxsize=256)
+def _check_elements(name: str, loss: Any, names: tuple[str, ...], program: Any) -> None:
+    """Proves that a function of arrays treats each element apart; `program` is what it does now."""
+
+    def read(rows: int, labels: int) -> tuple[_program.Equation, ...]:
+        arrays = _chunk(rows, labels, names)
+        return _program.read(jax.make_jaxpr(lambda *a: loss(*a))(*arrays), f"{name}: loss", "")
+
+    # Only what the sizes differ in is compared: rows, and labels.
+    for rows, labels, axis in ((5, 3, "rows"), (2, 7, "labels")):
+        try:
+            mixing = _program.what_mixes(read(2, 3), read(rows, labels))
+        except (TypeError, ValueError) as error:
+            mixing = f"an array of another size ({error})"
+        if mixing is not None:
+            raise ValueError(
+                f"{name}: loss is not known to treat each logit apart, got a function that does "
+                f"across {axis}: {mixing or 'what depends on their number'}; write it for one "
+                "logit and one label, as jaxbce.Loss(function), which treats each apart"
+            )
 
 
 def prepare_layer(

@@ -7,8 +7,6 @@ same pass, every gradient: with Z the logits of a chunk and G = scale · ∂loss
 """
 
 import dataclasses
-import functools
-import operator
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -162,9 +160,15 @@ def chunk_pass(
     keep = chunk_mask(operands, offset + start, start, size)
     if due is not None:
         keep = due[None] if keep is None else keep & due[None]
-    if keep is not None:
-        # A column that no row keeps may hold NaN, which a product with 0 would let through.
-        chunk["kernel"] = jnp.where(jnp.any(keep, axis=0)[None], chunk["kernel"], 0)
+    weightless = None if operands.weightless is None else operands.weightless[:, None]
+    used = None if keep is None else jnp.any(keep, axis=0)
+    if weightless is not None:
+        # A finite column stays: a second derivative may need it.
+        counted = ~weightless if keep is None else keep & ~weightless
+        used = jnp.any(counted, axis=0) | jnp.all(jnp.isfinite(chunk["kernel"]), axis=0)
+    if used is not None:
+        # A column that no row counts may hold NaN, which a product with 0 would let through.
+        chunk["kernel"] = jnp.where(used[None], chunk["kernel"], 0)
     logits, kernel = chunk_logits(operands.features, chunk["kernel"], chunk["bias"])
     if operands.positives is None:
         labels = chunk["labels"]
@@ -178,9 +182,10 @@ def chunk_pass(
     if operands.label_smoothing is not None:
         elements["label_smoothing"] = zeros + operands.label_smoothing
     hidden = None
-    if operands.weightless is not None:
-        finite = [jnp.isfinite(element) for element in jax.tree.leaves(elements)]
-        hidden = operands.weightless[:, None] & ~functools.reduce(operator.and_, finite)
+    if weightless is not None and used is not None:
+        hidden = weightless & ~used[None]
+        for element in jax.tree.leaves(elements):
+            hidden |= weightless & ~jnp.isfinite(element)
 
     def masked_loss(elements: Any) -> jax.Array:
         # Replaced before anything is computed of them, so that no NaN reaches a derivative.
@@ -204,8 +209,8 @@ def chunk_pass(
     # what a second derivative needs where it is 0, and could not be transposed.
     (slopes,) = pullback(zeros + operands.scale[:, None])
     silent = None if keep is None else ~keep
-    if operands.weightless is not None:
-        infinite = operands.weightless[:, None] & ~jnp.isfinite(losses)
+    if weightless is not None:
+        infinite = weightless & ~jnp.isfinite(losses)
         silent = infinite if silent is None else infinite | silent
     if silent is not None:  # a loss of the user's may have no derivative there
         slopes = jax.tree.map(lambda slope: jnp.where(silent, 0, slope), slopes)

@@ -1,7 +1,5 @@
 """An optimizer and the labels: how its state is cut, and a proof that it treats each apart."""
 
-import itertools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -40,7 +38,8 @@ def layout_of(name: str, optimizer: Any, params: Any, opt_state: Any) -> Layout:
         init, _ = optimizer.init, optimizer.update
     except (AttributeError, TypeError):
         raise TypeError(
-            f"{name}: optimizer must be an optax transformation, got {type(optimizer).__name__}"
+            f"{name}: optimizer must be an optax transformation, or hashable and have init and "
+            f"update, got {type(optimizer).__name__}; a dataclass is hashable with eq=False"
         ) from None
     arrays = {argument: _checks.floating(name, argument, params[argument]) for argument in params}
     if not arrays["kernel"].size:
@@ -89,22 +88,6 @@ def step(optimizer: Any, gradients: Any, params: Any, state: Any) -> tuple[Any, 
     return jax.tree.map(jnp.add, params, updates), state
 
 
-# --- what an optimizer does, read from its program ------------------------------------------------
-
-# Operations that compute each element of their result from the same element of their operands.
-ELEMENTWISE = """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type
-    copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
-    is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or pow
-    reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical
-    sign sin sinh sqrt square sub tan tanh xor
-"""
-# Those that drop some axes, and treat each place on the others apart.
-DROPPING = """
-    reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum squeeze
-"""
-
-
 def _read(name: str, optimizer: Any, params: Any, state: Any) -> tuple[_program.Equation, ...]:
     """What the optimizer does in a step, with every number in it."""
 
@@ -127,8 +110,9 @@ def _read(name: str, optimizer: Any, params: Any, state: Any) -> tuple[_program.
         ) from error
     return _program.read(
         traced,
-        f"{name}: optimizer must hold no traced value; pass a learning rate that is traced through "
-        "optax.inject_hyperparams, which keeps it in opt_state",
+        f"{name}: optimizer",
+        "such as a learning rate; pass it through optax.inject_hyperparams, which keeps it in "
+        "opt_state",
     )
 
 
@@ -144,68 +128,21 @@ def check_by_label(
     by_label, others = layout.split(state)
     resized = layout.join([_shaped(array, other) for array in by_label], others)
     program = _read(name, optimizer, {n: _shaped(a, other) for n, a in params.items()}, resized)
-    for pair in itertools.zip_longest(layout.program, program):
-        if None in pair or pair[0][:2] != pair[1][:2]:
-            raise ValueError(
-                f"{name}: optimizer does not treat {other} labels as it treats all {num_labels}, "
-                "as with a mask or a scale that depends on a size; let it depend on the name or "
-                "the number of axes of a parameter"
-            )
-        if not _treats_apart(*pair):
-            raise ValueError(
-                f"{name}: optimizer treats elements together, as clipping by a global norm, trust "
-                f"ratios, noise and tests for NaN do: its update uses {pair[0].primitive} on "
-                "arrays of labels, which is not known to treat each label apart; such a step needs "
-                "the whole gradient, so use jax.value_and_grad of jaxbce.linear_bce_with_logits or "
-                "linear_loss with it, or an optimizer that treats elements independently, as "
-                "optax.clip does"
-            )
-
-
-def _treats_apart(one: _program.Equation, two: _program.Equation) -> bool:
-    """Whether an operation leaves the labels in their places and computes each from itself."""
-
-    def labelled(shapes: Any, others: Any) -> list[tuple[Any, list[int]]]:
-        """Each shape, and the axes whose size depends on the number of labels."""
-        return [
-            (shape, [axis for axis, size in enumerate(shape) if size != other[axis]])
-            for shape, other in zip(shapes, others, strict=True)
-        ]
-
-    operands = [pair for pair in labelled(one.operands, two.operands) if pair[1]]
-    results = labelled(one.results, two.results)
-    if one.primitive in ("call", "inputs", "outputs") or not any(
-        axes for _, axes in results + operands
-    ):
-        return True
-    if not operands:
-        return one.primitive == "broadcast_in_dim"
-    return bool(results) and all(
-        len(axes) == len(new_axes) == 1 and _keeps(one, axes[0], shape, new_axes[0], new_shape)
-        for shape, axes in operands
-        for new_shape, new_axes in results
-    )
-
-
-def _keeps(
-    equation: _program.Equation,
-    axis: int,
-    shape: tuple[int, ...],
-    new_axis: int,
-    new_shape: tuple[int, ...],
-) -> bool:
-    """Whether place i on an axis of an operand becomes place i on that of the result."""
-    if equation.primitive in ELEMENTWISE.split():
-        return axis == new_axis
-    if equation.primitive in DROPPING.split():
-        dropped = sum(each < axis for each in equation.axes)
-        return axis not in equation.axes and new_axis == axis - dropped
-    if equation.primitive == "broadcast_in_dim":
-        return equation.axes[axis] == new_axis
-    in_rows = shape[axis] == new_shape[new_axis] and (
-        math.prod(shape[axis + 1 :]) == math.prod(new_shape[new_axis + 1 :])
-    )
-    return equation.primitive == "reshape" and in_rows
+    mixing = _program.what_mixes(layout.program, program)
+    if mixing == "":
+        raise ValueError(
+            f"{name}: optimizer does not treat {other} labels as it treats all {num_labels}, as "
+            "with a mask or a scale that depends on a size; let it depend on the name or the "
+            "number of axes of a parameter"
+        )
+    if mixing:
+        raise ValueError(
+            f"{name}: optimizer is not known to treat each label apart: its update uses {mixing} "
+            "on arrays of labels, as clipping by a global norm, trust ratios, noise and tests for "
+            "NaN do, which treat elements together; such a step needs the whole gradient, so use "
+            "jax.value_and_grad of jaxbce.linear_bce_with_logits or linear_loss with it, or an "
+            "optimizer that treats elements independently, as optax.clip does"
+        )
 
 
 def _widened(array: jax.Array) -> jax.Array:

@@ -259,10 +259,14 @@ def _rounded(new: Any, old: Any, key: jax.Array | None) -> Any:
     """The arrays `new` in the dtypes of `old`; with a key at random where these are narrow."""
 
     def rounded(i: int, values: jax.Array, like: jax.Array) -> jax.Array:
-        if values.dtype == like.dtype:
-            return values
         if key is None or not _is_narrow(like):
             return values.astype(like.dtype)
+        if values.dtype == like.dtype and values.ndim:
+            raise ValueError(
+                f"linear_update: rounding_key cannot round state that the optimizer itself rounds "
+                f"to {like.dtype}, as with mu_dtype or accumulator_dtype; leave that option out, "
+                f"and make the state of parameters in {like.dtype}"
+            )
         # Always the lower half of a float32 is cut off a bfloat16, up to all of it off the others.
         bits = jnp.uint16 if like.dtype == jnp.bfloat16 else jnp.uint32
         noise = jax.random.bits(jax.random.fold_in(key, i), values.shape, bits)

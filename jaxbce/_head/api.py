@@ -154,11 +154,12 @@ def linear_loss(
       loss of a row = weight · Σₗ loss(x, y, per_label[0][l], per_label[1][l], ...)
 
     Args:
-      loss: a function of logits and labels, both [rows, chunk] and of the dtype of the result, and
-        of the numbers [chunk] per label, that returns one loss per logit, [rows, chunk]; for
-        example `functools.partial(jaxbce.focal_loss, gamma=1.0, reduction="none")`. JAX
-        differentiates it. It is compiled once for each function, so define it once, outside of the
-        training step, and let it hold no traced value.
+      loss: a `jaxbce.Loss`, or a function of arrays: of logits and labels of one shape, in the
+        dtype of the result, and of the numbers per label. It returns one loss per logit and
+        computes each from its own logit and label; for example
+        `functools.partial(jaxbce.focal_loss, gamma=1.0, reduction="none")`. JAX differentiates it.
+        It is compiled once for each function, so define it once, outside of the training step, and
+        let it hold no traced value.
       features: float array [..., D].
       kernel: float array [D, L].
       bias: float array [L]; None is 0.
@@ -166,7 +167,7 @@ def linear_loss(
         labels is given.
       labels: float, integer or bool array [..., L].
       per_label: real arrays [L] that are handed to the loss, cut to its chunk: margins,
-        propensities, class weights.
+        propensities, class weights. For a `Loss` they are its parameters, in their order.
       weight: real array [...], one number per row; None is 1.
       where: bool array that broadcasts to [..., L]; as in `linear_bce_with_logits`.
       ignored: integer array [..., I] of label ids to leave out of each row, padded with -1.
@@ -184,7 +185,8 @@ def linear_loss(
     Raises:
       TypeError: loss is not a function, or does not return floats, and as
         `linear_bce_with_logits`.
-      ValueError: loss does not return one number per logit or holds a traced value, and as
+      ValueError: loss does not return one number per logit, is not known to treat each logit
+        apart, changes something outside of it or holds a traced value, and as
         `linear_bce_with_logits`.
 
     Edge values: those of the loss. What is masked, or has a weight of 0, has no part in the loss

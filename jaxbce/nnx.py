@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,16 +104,15 @@ class MultiLabelHead(nnx.Module):
                 return nnx.Param(make(*args))
             sharding = NamedSharding(mesh, PartitionSpec(*names))
 
-            def placed(*args: Any) -> jax.Array:
-                made: jax.Array = jax.jit(make, out_shardings=sharding)(*args)
-                if AxisType.Auto not in mesh.axis_types:  # under `jax.jit` the type then says it
-                    made = jax.sharding.reshard(made, sharding)
+            made: jax.Array = jax.jit(make, out_shardings=sharding)(*args)
+            if AxisType.Auto not in mesh.axis_types:  # under `jax.jit` the type then says it
+                made = jax.sharding.reshard(made, sharding)
+
+            def placed() -> jax.Array:
                 return made
 
-            # Flax would place it once more, for which some of its versions ask for a context.
-            return nnx.Param(
-                nnx.with_partitioning(placed, names, mesh, eager_sharding=False)(*args)
-            )
+            eager = _flax_places(made, mesh)
+            return nnx.Param(nnx.with_partitioning(placed, names, mesh, eager_sharding=eager)())
 
         def new_kernel(key: jax.Array) -> jax.Array:
             kernel: jax.Array = kernel_init(key, (in_features, num_labels), param_dtype)
@@ -303,6 +303,18 @@ class _Partial:
 
 def _is_variable(value: Any) -> bool:
     return isinstance(value, nnx.Variable)
+
+
+def _flax_places(made: jax.Array, mesh: Mesh) -> bool:
+    """Whether Flax is to place what is made of a parameter, as the moments of an optimizer.
+
+    Under `jax.jit` nothing else places moments on automatic axes. Types say it of explicit ones.
+    """
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return False
+    # Flax 0.12.0 knows the mesh of `jax.set_mesh` alone, and fails where there is none.
+    set_around = isinstance(made, jax.core.Tracer) and not jax.sharding.get_abstract_mesh().empty
+    return set_around or flax.__version__ != "0.12.0"
 
 
 def _rate(prior: ArrayLike | None, num_labels: int, dtype: DTypeLike) -> jax.Array | None:

@@ -401,3 +401,19 @@ def test_after_a_step_moments_are_sharded_as_their_parameters(kinds, axis, creat
     head, optimizer = creation(lambda: made_on(kinds, axis))()
     step(head, optimizer)
     assert_sharded(nnx.state((head, optimizer)), axis)
+
+
+@on_meshes(*[name for name in ON_MESHES if name != "mixed"])
+def test_moments_made_with_their_head_are_sharded_as_it_is(kinds, axis):
+    """As those of `nnx.Linear` are, where the mesh is set."""
+    with jax.set_mesh(jax.make_mesh((4, 2), BOTH, kinds)):
+        head, optimizer = nnx.jit(lambda: made_on(kinds, axis))()
+    assert_sharded(nnx.state((head, optimizer)), axis)
+
+
+@on_meshes("automatic", "automatic, two axes")
+def test_moments_made_after_their_head_are_sharded_as_it_is(kinds, axis):
+    """Where no mesh is set."""
+    head, _ = made_on(kinds, axis)
+    assert_sharded(nnx.state(nnx.Optimizer(head, optax.adam(0.1), wrt=nnx.Param)), axis)
+    assert nnx.eval_shape(lambda: made_on(kinds, axis)[0]).kernel.shape == (WIDTH, 40)

@@ -212,22 +212,25 @@ class MultiLabelHead(nnx.Module):
         tx = (
             optimizer.tx if trained == params.keys() else _Partial(optimizer.tx, frozenset(trained))
         )
-        state = jax.tree.leaves(optimizer.opt_state, is_leaf=_is_variable)
-        state = [leaf for leaf in state if jax.tree.leaves(leaf)]  # what optax masks holds nothing
+        state = _places(optimizer.opt_state)
+        got = [jnp.shape(jax.tree.leaves(place)[0]) for place in state]
         expected = jax.eval_shape(tx.init, params)
         shapes = [leaf.shape for leaf in jax.tree.leaves(expected)]
-        if not trained or shapes != [leaf[...].shape for leaf in state]:
+        if not trained or shapes != got:
             raise ValueError(
                 "MultiLabelHead: optimizer must be one of this head alone, "
                 "flax.nnx.Optimizer(head, tx, wrt=flax.nnx.Param); got one whose wrt selects "
                 f"{sorted(trained)} of the head, with a state of "
-                f"{[leaf[...].shape for leaf in state]} instead of {shapes}"
+                f"{got} instead of {shapes}"
             )
         step = jaxbce.linear_update(
             tx,
             given.astype(dtype),
             params,
-            jax.tree.unflatten(jax.tree.structure(expected), [leaf[...] for leaf in state]),
+            jax.tree.unflatten(
+                jax.tree.structure(expected),
+                [_held(*pair) for pair in zip(state, jax.tree.leaves(expected), strict=True)],
+            ),
             loss=loss,
             positives=positives,
             labels=labels,
@@ -241,13 +244,14 @@ class MultiLabelHead(nnx.Module):
             rounding_key=rounding_key,
             **self._devices(),
         )
+        gradient, count = step.features_gradient.astype(given.dtype), optimizer.step[...] + 1
+        # All is computed; only now is anything written.
         self.kernel[...] = step.params["kernel"]
         if self.bias is not None:
             self.bias[...] = step.params["bias"]
-        for variable, value in zip(state, jax.tree.leaves(step.opt_state), strict=True):
-            variable[...] = value
-        optimizer.step[...] += 1
-        return step.loss, step.features_gradient.astype(given.dtype)
+        _write(optimizer, jax.tree.leaves(step.opt_state))
+        optimizer.step[...] = count
+        return step.loss, gradient
 
     def top_k(self, features: ArrayLike, k: int) -> tuple[jax.Array, jax.Array]:
         """The k highest logits and their labels, both [..., k], highest first.
@@ -303,6 +307,39 @@ class _Partial:
 
 def _is_variable(value: Any) -> bool:
     return isinstance(value, nnx.Variable)
+
+
+def _places(opt_state: Any) -> list[Any]:
+    """A Variable for each array of the state, or what a user has put in place of the Variable."""
+    places = jax.tree.leaves(opt_state, is_leaf=_is_variable)
+    return [place for place in places if jax.tree.leaves(place)]  # what optax masks holds nothing
+
+
+def _held(place: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+    held = jax.tree.leaves(place)[0]
+    if isinstance(held, bool | int | float):  # which has no dtype
+        return jnp.asarray(held, like.dtype)
+    return place[...] if _is_variable(place) else jnp.asarray(held)
+
+
+def _write(optimizer: nnx.Optimizer[Any], values: list[jax.Array]) -> None:
+    """Makes the values, one for each of `_places`, the state of the optimizer."""
+    places, structure = jax.tree.flatten(optimizer.opt_state, is_leaf=_is_variable)
+    left = iter(values)
+    for i, place in enumerate(places):
+        if not jax.tree.leaves(place):
+            continue
+        if _is_variable(place):
+            place[...] = next(left)
+        else:
+            places[i] = next(left)
+    if all(map(_is_variable, places)):
+        return
+    state = jax.tree.unflatten(structure, places)
+    try:
+        nnx.update(optimizer.opt_state, nnx.state(state))  # dictionaries that a user may hold
+    except ValueError:  # an array where a named tuple had a Variable
+        optimizer.opt_state = nnx.data(state)
 
 
 def _flax_places(made: jax.Array, mesh: Mesh) -> bool:

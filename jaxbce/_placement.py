@@ -34,6 +34,13 @@ def _explicit_mesh(arrays: Any) -> AbstractMesh | None:
     return next((mesh for mesh in meshes if _explicit_axes(mesh)), None)
 
 
+def _names_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes of the mesh over which one axis of an array is sharded."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else entry
+
+
 def common_spec(*arrays: jax.Array | None) -> PartitionSpec:
     """The axes over which the first array is sharded, and where it is not, the next ones.
 
@@ -43,13 +50,16 @@ def common_spec(*arrays: jax.Array | None) -> PartitionSpec:
     if first is None:  # which its check refuses
         return PartitionSpec()
     spec: list[Any] = [None] * first.ndim
+    used: set[str] = set()
     for array in arrays:
         if array is not None and array.ndim <= first.ndim:
             own = jax.typeof(array).sharding.spec
-            for axis, names in zip(range(-array.ndim, 0), own, strict=True):
-                # An axis of the mesh shards one axis of an array; one of several names is rare.
-                if spec[axis] is None and names not in spec:
-                    spec[axis] = names
+            for axis, entry in zip(range(-array.ndim, 0), own, strict=True):
+                names = set(_names_of(entry))
+                # An axis of the mesh shards only one axis of an array.
+                if spec[axis] is None and not names & used:
+                    spec[axis] = entry
+                    used |= names
     return PartitionSpec(*spec)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,16 +104,15 @@ class MultiLabelHead(nnx.Module):
                 return nnx.Param(make(*args))
             sharding = NamedSharding(mesh, PartitionSpec(*names))
 
-            def placed(*args: Any) -> jax.Array:
-                made: jax.Array = jax.jit(make, out_shardings=sharding)(*args)
-                if AxisType.Auto not in mesh.axis_types:  # under `jax.jit` the type then says it
-                    made = jax.sharding.reshard(made, sharding)
+            made: jax.Array = jax.jit(make, out_shardings=sharding)(*args)
+            if AxisType.Auto not in mesh.axis_types:  # under `jax.jit` the type then says it
+                made = jax.sharding.reshard(made, sharding)
+
+            def placed() -> jax.Array:
                 return made
 
-            # Flax would place it once more, for which some of its versions ask for a context.
-            return nnx.Param(
-                nnx.with_partitioning(placed, names, mesh, eager_sharding=False)(*args)
-            )
+            eager = _flax_places(made, mesh)
+            return nnx.Param(nnx.with_partitioning(placed, names, mesh, eager_sharding=eager)())
 
         def new_kernel(key: jax.Array) -> jax.Array:
             kernel: jax.Array = kernel_init(key, (in_features, num_labels), param_dtype)
@@ -212,22 +212,25 @@ class MultiLabelHead(nnx.Module):
         tx = (
             optimizer.tx if trained == params.keys() else _Partial(optimizer.tx, frozenset(trained))
         )
-        state = jax.tree.leaves(optimizer.opt_state, is_leaf=_is_variable)
-        state = [leaf for leaf in state if jax.tree.leaves(leaf)]  # what optax masks holds nothing
+        state = _places(optimizer.opt_state)
+        got = [jnp.shape(jax.tree.leaves(place)[0]) for place in state]
         expected = jax.eval_shape(tx.init, params)
         shapes = [leaf.shape for leaf in jax.tree.leaves(expected)]
-        if not trained or shapes != [leaf[...].shape for leaf in state]:
+        if not trained or shapes != got:
             raise ValueError(
                 "MultiLabelHead: optimizer must be one of this head alone, "
                 "flax.nnx.Optimizer(head, tx, wrt=flax.nnx.Param); got one whose wrt selects "
                 f"{sorted(trained)} of the head, with a state of "
-                f"{[leaf[...].shape for leaf in state]} instead of {shapes}"
+                f"{got} instead of {shapes}"
             )
         step = jaxbce.linear_update(
             tx,
             given.astype(dtype),
             params,
-            jax.tree.unflatten(jax.tree.structure(expected), [leaf[...] for leaf in state]),
+            jax.tree.unflatten(
+                jax.tree.structure(expected),
+                [_held(*pair) for pair in zip(state, jax.tree.leaves(expected), strict=True)],
+            ),
             loss=loss,
             positives=positives,
             labels=labels,
@@ -241,13 +244,14 @@ class MultiLabelHead(nnx.Module):
             rounding_key=rounding_key,
             **self._devices(),
         )
+        gradient, count = step.features_gradient.astype(given.dtype), optimizer.step[...] + 1
+        # All is computed; only now is anything written.
         self.kernel[...] = step.params["kernel"]
         if self.bias is not None:
             self.bias[...] = step.params["bias"]
-        for variable, value in zip(state, jax.tree.leaves(step.opt_state), strict=True):
-            variable[...] = value
-        optimizer.step[...] += 1
-        return step.loss, step.features_gradient.astype(given.dtype)
+        _write(optimizer, jax.tree.leaves(step.opt_state))
+        optimizer.step[...] = count
+        return step.loss, gradient
 
     def top_k(self, features: ArrayLike, k: int) -> tuple[jax.Array, jax.Array]:
         """The k highest logits and their labels, both [..., k], highest first.
@@ -303,6 +307,51 @@ class _Partial:
 
 def _is_variable(value: Any) -> bool:
     return isinstance(value, nnx.Variable)
+
+
+def _places(opt_state: Any) -> list[Any]:
+    """A Variable for each array of the state, or what a user has put in place of the Variable."""
+    places = jax.tree.leaves(opt_state, is_leaf=_is_variable)
+    return [place for place in places if jax.tree.leaves(place)]  # what optax masks holds nothing
+
+
+def _held(place: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+    held = jax.tree.leaves(place)[0]
+    if isinstance(held, bool | int | float):  # which has no dtype
+        return jnp.asarray(held, like.dtype)
+    return place[...] if _is_variable(place) else jnp.asarray(held)
+
+
+def _write(optimizer: nnx.Optimizer[Any], values: list[jax.Array]) -> None:
+    """Makes the values, one for each of `_places`, the state of the optimizer."""
+    places, structure = jax.tree.flatten(optimizer.opt_state, is_leaf=_is_variable)
+    left = iter(values)
+    for i, place in enumerate(places):
+        if not jax.tree.leaves(place):
+            continue
+        if _is_variable(place):
+            place[...] = next(left)
+        else:
+            places[i] = next(left)
+    if all(map(_is_variable, places)):
+        return
+    state = jax.tree.unflatten(structure, places)
+    try:
+        nnx.update(optimizer.opt_state, nnx.state(state))  # dictionaries that a user may hold
+    except ValueError:  # an array where a named tuple had a Variable
+        optimizer.opt_state = nnx.data(state)
+
+
+def _flax_places(made: jax.Array, mesh: Mesh) -> bool:
+    """Whether Flax is to place what is made of a parameter, as the moments of an optimizer.
+
+    Under `jax.jit` nothing else places moments on automatic axes. Types say it of explicit ones.
+    """
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return False
+    # Flax 0.12.0 knows the mesh of `jax.set_mesh` alone, and fails where there is none.
+    set_around = isinstance(made, jax.core.Tracer) and not jax.sharding.get_abstract_mesh().empty
+    return set_around or flax.__version__ != "0.12.0"
 
 
 def _rate(prior: ArrayLike | None, num_labels: int, dtype: DTypeLike) -> jax.Array | None:

@@ -286,6 +286,78 @@ def test_update_trains_what_the_optimizer_does(wrt, make_tx):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
 
 
+def in_its_place(value):
+    """As optax has it: a hyperparameter is an entry of a dictionary."""
+
+    def put(optimizer):
+        optimizer.opt_state.hyperparams["learning_rate"] = value
+
+    return put
+
+
+def into_its_variable(value):
+    def put(optimizer):
+        optimizer.opt_state.hyperparams["learning_rate"][...] = value
+
+    return put
+
+
+def in_place_of_the_state(optimizer):
+    """As a checkpoint that knows nothing of Flax restores it."""
+    into_its_variable(jnp.float32(0.01))(optimizer)
+    optimizer.opt_state = nnx.data(
+        jax.tree.map(
+            lambda variable: variable[...],
+            optimizer.opt_state,
+            is_leaf=lambda value: isinstance(value, nnx.Variable),
+        )
+    )
+
+
+RATES_OF_LEARNING = {
+    "array": in_its_place(jnp.float32(0.01)),
+    "NumPy array": in_its_place(np.full((), 0.01, np.float32)),
+    "NumPy number": in_its_place(np.float32(0.01)),
+    "Python float": in_its_place(0.01),
+    "Variable": in_its_place(nnx.Variable(jnp.float32(0.01))),
+    "array in the Variable": into_its_variable(jnp.float32(0.01)),
+    "Python float in the Variable": into_its_variable(0.01),
+    "arrays everywhere": in_place_of_the_state,
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "nnx.jit"])
+@pytest.mark.parametrize("put", RATES_OF_LEARNING.values(), ids=RATES_OF_LEARNING)
+@jax.numpy_dtype_promotion("standard")
+def test_update_takes_a_hyperparameter_however_it_was_set(put, compiled):
+    """Twice, the second time in a state that it has written itself."""
+    tx = optax.inject_hyperparams(optax.adam)(0.1)
+    head, expected = make(prior=0.1, chunk_size=10), make(prior=0.1)
+    optimizer, of_expected = (nnx.Optimizer(each, tx, wrt=nnx.Param) for each in (head, expected))
+    put(optimizer)
+    in_its_place(jnp.float32(0.01))(of_expected)
+    held = optimizer.opt_state.hyperparams
+
+    def step(head, optimizer):
+        return head.update(optimizer, features(), positives=POSITIVES)[0]
+
+    if compiled:
+        step = nnx.jit(step)
+    for count in (1, 2):
+        loss, slopes = nnx.value_and_grad(lambda head: head.loss(features(), positives=POSITIVES))(
+            expected
+        )
+        of_expected.update(expected, slopes)
+        np.testing.assert_allclose(step(head, optimizer), loss, rtol=1e-6)
+        assert optimizer.step[...] == count
+    got = jax.tree.leaves((nnx.state(head), optimizer.opt_state))
+    wanted = jax.tree.leaves((nnx.state(expected), of_expected.opt_state))
+    for one, other in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
+    if not compiled and put is not in_place_of_the_state:  # `nnx.jit` makes another
+        assert held is optimizer.opt_state.hyperparams
+
+
 class Model(nnx.Module):
     def __init__(self, head):
         self.head = head
@@ -401,3 +473,19 @@ def test_after_a_step_moments_are_sharded_as_their_parameters(kinds, axis, creat
     head, optimizer = creation(lambda: made_on(kinds, axis))()
     step(head, optimizer)
     assert_sharded(nnx.state((head, optimizer)), axis)
+
+
+@on_meshes(*[name for name in ON_MESHES if name != "mixed"])
+def test_moments_made_with_their_head_are_sharded_as_it_is(kinds, axis):
+    """As those of `nnx.Linear` are, where the mesh is set."""
+    with jax.set_mesh(jax.make_mesh((4, 2), BOTH, kinds)):
+        head, optimizer = nnx.jit(lambda: made_on(kinds, axis))()
+    assert_sharded(nnx.state((head, optimizer)), axis)
+
+
+@on_meshes("automatic", "automatic, two axes")
+def test_moments_made_after_their_head_are_sharded_as_it_is(kinds, axis):
+    """Where no mesh is set."""
+    head, _ = made_on(kinds, axis)
+    assert_sharded(nnx.state(nnx.Optimizer(head, optax.adam(0.1), wrt=nnx.Param)), axis)
+    assert nnx.eval_shape(lambda: made_on(kinds, axis)[0]).kernel.shape == (WIDTH, 40)

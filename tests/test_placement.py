@@ -229,6 +229,33 @@ def test_an_eager_gradient_on_a_named_mesh_of_arrays_on_the_host(name, kind):
     assert_close(value_and_gradients(shared, host_arguments(name)), on_one_device(name))
 
 
+# Of the logits, with which the other arguments below have axes of the mesh in common.
+OVERLAPPING = {
+    "rows on both": (("data", "model"), None),
+    "labels on both": (None, ("model", "data")),
+    "rows on the axis of labels": ("model", None),
+}
+
+
+@pytest.mark.parametrize("spec", OVERLAPPING.values(), ids=OVERLAPPING)
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_a_loss_of_each_element_is_sharded_as_its_logits(loss, spec):
+    """Also where an axis of the mesh shards another axis of another argument."""
+    mesh = mesh_of("explicit")
+    scores, labels = loss.draw(np.random.default_rng(2), (ROWS, LABELS))
+    options = {"weight": positive(1, LABELS), "where": np.ones((ROWS, LABELS), bool)}
+    if loss.pos_weight:
+        options["pos_weight"] = positive(LABELS)
+    expected = loss.unreduced(scores, labels, **options)
+    others = {n: put(v, (None, "model")[-v.ndim :], "sharded", mesh) for n, v in options.items()}
+    for labels_spec in [(None, "model"), ("data", "model")]:
+        got = jax.jit(loss.unreduced)(
+            put(scores, spec, "sharded", mesh), put(labels, labels_spec, "sharded", mesh), **others
+        )
+        assert_close(got, expected)
+        assert jax.typeof(got).sharding.spec == Spec(*spec)
+
+
 # --- in the shards of jax.shard_map --------------------------------------------------------------
 
 

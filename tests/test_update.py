@@ -596,7 +596,8 @@ def test_an_optimizer_that_mixes_elements_is_refused(optimizer, hidden, rng):
         pytest.raises(
             ValueError,
             match=r"linear_update: optimizer "
-            r"(is not known to treat each label apart|keeps state of shape|does not treat 8 labels as .* all 7)",
+            r"(is not known to treat each label apart|keeps state of shape|"
+            r"does not treat 8 labels as .* all 7)",
         ),
     ):
         read(hidden(optimizer), rng)

@@ -108,8 +108,7 @@ def _log_sigmoid(x: jax.Array) -> jax.Array:
 
 def _apply(name: str, kernel: _math.Kernel, x: ArrayLike) -> jax.Array:
     (admitted,) = _checks.jit_arguments(name, x=x)
-    result: jax.Array = _mapped(admitted, name=name, kernel=kernel)
-    return result
+    return _mapped(admitted, name=name, kernel=kernel)
 
 
 def _as_x(x: Any, **_: Any) -> PartitionSpec:

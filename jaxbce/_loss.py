@@ -193,7 +193,7 @@ def evaluate(
         where=where,
         **given,
     )
-    result: jax.Array = evaluate_arrays(
+    return evaluate_arrays(
         *arrays,
         name=name,
         loss=loss,
@@ -205,7 +205,6 @@ def evaluate(
         sparse=sparse,
         program=program,
     )
-    return result
 
 
 def result_spec(

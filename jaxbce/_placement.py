@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -87,13 +87,13 @@ def automatic(fn: Callable[..., Any], arrays: Any, out_specs: Any) -> Any:
     return jax.sharding.auto_axes(fn, axes=axes, out_sharding=shardings)(*arrays)
 
 
-def compiled(*static: str, result: Callable[..., Any]) -> Callable[[Function], Callable[..., Any]]:
+def compiled(*static: str, result: Callable[..., Any]) -> Callable[[Function], Function]:
     """`jax.jit` of a function of arrays, by position, and `static` options, by name.
 
     It runs `automatic`ally, with the result sharded as `result` says of the same arguments.
     """
 
-    def decorate(fn: Function) -> Callable[..., Any]:
+    def decorate(fn: Function) -> Function:
         @functools.wraps(fn)
         def run(*given: Any, **options: Any) -> Any:
             # Under `jax.disable_jit` numbers and NumPy arrays come as they were given.
@@ -101,8 +101,7 @@ def compiled(*static: str, result: Callable[..., Any]) -> Callable[[Function], C
             out_specs = result(*arrays, **options)
             return automatic(functools.partial(fn, **options), arrays, out_specs)
 
-        jitted: Callable[..., Any] = jax.jit(run, static_argnames=static)
-        return jitted
+        return cast(Function, jax.jit(run, static_argnames=static))
 
     return decorate
 

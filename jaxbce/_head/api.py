@@ -122,8 +122,7 @@ def linear_bce_with_logits(
         where=where,
         ignored=ignored,
     )
-    result: jax.Array = _evaluate(given, name=name, reduction=reduction, loss=loss, devices=devices)
-    return result
+    return _evaluate(given, name=name, reduction=reduction, loss=loss, devices=devices)
 
 
 def linear_loss(
@@ -222,10 +221,7 @@ def linear_loss(
         where=where,
         ignored=ignored,
     )
-    result: jax.Array = _evaluate(
-        given, name=name, reduction=reduction, loss=chunk_loss, devices=devices
-    )
-    return result
+    return _evaluate(given, name=name, reduction=reduction, loss=chunk_loss, devices=devices)
 
 
 def _by_row(given: arguments.Given, *, reduction: str, **_: Any) -> PartitionSpec:

@@ -84,8 +84,7 @@ def siglip_loss(
         bias=bias,
         positives=positives,
     )
-    loss: jax.Array = _siglip(*arrays, name=name, devices=devices)
-    return loss
+    return _siglip(*arrays, name=name, devices=devices)
 
 
 @_placement.compiled("name", "devices", result=_placement.replicated)

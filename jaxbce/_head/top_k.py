@@ -74,8 +74,7 @@ def linear_top_k(
     arrays = _checks.jit_arguments(name, features=features, kernel=kernel, bias=bias)
     num_labels = next(reversed(getattr(arrays[1], "shape", ())), None)
     _checks.check_size(name, "k", k, num_labels if isinstance(num_labels, int) else None)
-    best: tuple[jax.Array, jax.Array] = _top_k(*arrays, name=name, k=k, devices=devices)
-    return best
+    return _top_k(*arrays, name=name, k=k, devices=devices)
 
 
 def _by_row_and_whole(features: Any, *_: Any, **__: Any) -> tuple[PartitionSpec, PartitionSpec]:

@@ -166,7 +166,7 @@ def linear_update(
         where=where,
         ignored=ignored,
     )
-    step: LinearUpdate = _update(
+    return _update(
         given,
         opt_state,
         rounding_key,
@@ -177,7 +177,6 @@ def linear_update(
         layout=layout,
         devices=devices,
     )
-    return step
 
 
 def _specs(given: arguments.Given, opt_state: Any, *_: Any, **__: Any) -> Any:

@@ -49,10 +49,7 @@ def multi_hot(
     check_num_labels(name, num_labels)
     _checks.check_real_dtype(name, "dtype", dtype)
     (positives,) = _checks.jit_arguments(name, positives=positives)
-    result: jax.Array = _multi_hot_of(
-        positives, name=name, num_labels=num_labels, dtype=jnp.dtype(dtype)
-    )
-    return result
+    return _multi_hot_of(positives, name=name, num_labels=num_labels, dtype=jnp.dtype(dtype))
 
 
 def scatter_ones(ids: jax.Array, num_labels: int, dtype: DTypeLike) -> jax.Array:
@@ -135,8 +132,7 @@ def positives_from_multi_hot(labels: ArrayLike, max_positives: int | None = None
     else:
         counts = jnp.count_nonzero(check_labels(name, labels), axis=-1)
         max_positives = int(counts.max(initial=0))
-    result: jax.Array = _positives_of(labels, name=name, max_positives=max_positives)
-    return result
+    return _positives_of(labels, name=name, max_positives=max_positives)
 
 
 @_placement.compiled("name", "max_positives", result=by_row)

@@ -158,8 +158,8 @@ def assert_within(bound, got, expected, slope, points, kink=0.0, fraction=False)
 
 
 def marks(case, orders):
-    """The third and fourth derivatives take seconds each, unless of a function of x alone."""
-    return [pytest.mark.thorough] if sum(orders) > 2 and len(case.arguments) > 1 else []
+    """Higher derivatives take seconds each, unless of a function of x alone."""
+    return [pytest.mark.thorough] if sum(orders) > 1 and len(case.arguments) > 1 else []
 
 
 PAIRS = [

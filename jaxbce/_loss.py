@@ -99,6 +99,7 @@ class Loss:
         **parameters: ArrayLike,
     ) -> jax.Array:
         """The loss of `logits` against `labels`: see `bce_with_logits`."""
+        parameters = {own: value for own, value in parameters.items() if value is not None}
         if unknown := parameters.keys() - set(self.parameters):
             raise TypeError(
                 f"Loss: {min(unknown)} is no option, got one of that name; this loss has "
@@ -115,18 +116,30 @@ class Loss:
             where=where,
             axis=axis,
             reduction=reduction,
-            program=self.program("Loss", parameters),
+            program=self.program("Loss", tuple(parameters), logits),
         )
 
     def defaults(self, name: str) -> dict[str, Any]:
         """The parameters that have a default in fn, with it."""
-        arguments = list(inspect.signature(self.fn).parameters.values())
-        variadic = any(a.kind is inspect.Parameter.VAR_POSITIONAL for a in arguments)
-        if len(arguments) != 2 + len(self.parameters) and not variadic:
+        kinds = inspect.Parameter
+        signature = list(inspect.signature(self.fn).parameters.values())
+        variadic = any(a.kind is kinds.VAR_POSITIONAL for a in signature)
+        in_place = (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+        arguments = [a for a in signature if a.kind in in_place]
+        required = sum(a.default is kinds.empty for a in arguments)
+        if not (required <= 2 + len(self.parameters) <= len(arguments) or variadic):
             raise ValueError(
                 f"{name}: fn must be a function of a logit, a label and {len(self.parameters)} "
                 f"parameters, got one of {len(arguments)} arguments; name the others in "
                 "parameters, or bind them with functools.partial"
+            )
+        names = [a.name for a in arguments[2:]]
+        if set(self.parameters) <= set(names) and list(self.parameters) != [
+            own for own in names if own in self.parameters
+        ]:
+            raise ValueError(
+                f"{name}: parameters must be in the order of fn, {names}, got "
+                f"{list(self.parameters)}; swap them"
             )
         given = zip(self.parameters, arguments[2:], strict=False)
         return {own: a.default for own, a in given if a.default is not inspect.Parameter.empty}
@@ -141,16 +154,18 @@ class Loss:
 
         return _math.over(scalar, ndim)
 
-    def program(self, name: str, given: Any) -> tuple[_program.Equation, ...]:
-        """What fn does now; an error where it is no loss, or lacks a parameter."""
+    def program(
+        self, name: str, given: tuple[str, ...], *arrays: Any
+    ) -> tuple[_program.Equation, ...]:
+        """What fn does now to `arrays`; an error where it is no loss, or lacks a parameter."""
         defaults = self.defaults(name)
         if missing := [own for own in self.parameters if own not in {*given, *defaults}]:
             raise TypeError(
                 f"{name}: {missing[0]} is a required parameter of this loss, got none; pass "
                 f"{missing[0]}=..., or give it a default in the function"
             )
-        number = jax.ShapeDtypeStruct((), jnp.float32)
-        scalar = self.mapped(0, tuple(given))
+        number = jax.ShapeDtypeStruct((), _program.dtype_of(*arrays))
+        scalar = self.mapped(0, given)
         remedy = "name it in parameters, and pass it in the call"
         return _program.of_loss(name, scalar, [number] * (2 + len(given)), remedy)
 
@@ -159,6 +174,13 @@ def magnitude(*values: jax.Array | None) -> jax.Array:
     """Not finite where one of the values is not, or where a product of them may not be."""
     sizes = [jnp.maximum(jnp.abs(value), 1) for value in values if value is not None]
     return functools.reduce(operator.mul, sizes)
+
+
+def is_defined(loss: Callable[..., jax.Array], *arrays: Any) -> jax.Array:
+    """Where a loss and all its slopes are finite, which is not known of a user's before."""
+    values, pullback = jax.vjp(loss, *jax.lax.stop_gradient(arrays))
+    slopes = jax.tree.leaves(pullback(jnp.ones_like(values)))
+    return functools.reduce(operator.and_, map(jnp.isfinite, [values, *slopes]))
 
 
 def evaluate(
@@ -281,17 +303,22 @@ def evaluate_arrays(
     for argument in defined_for:
         value = y if argument == "labels" else x
         size = jnp.where((value >= 0) & (value <= 1), size, jnp.nan)
+    if label_smoothing is not None:
+        a = _checks.number(name, "label_smoothing", label_smoothing).astype(dtype)
+        _checks.check_unit_interval(name, "label_smoothing", a)
+        y = y * (1 - a) + a * 0.5
+    mapped = loss.mapped(x.ndim, given)
+    if program and weight is not None:
+        size = jnp.where(is_defined(mapped, x, y, *extras), size, jnp.nan)
     keep = _reduce.kept(size, weight, where)
     if keep is not None:
         # Before anything is computed of them, so that no NaN reaches a gradient.
         x, y = jnp.where(keep, x, 0), jnp.where(keep, y, 0)
         extras = [jnp.where(keep, extra, 1) for extra in extras]
         weight = None if weight is None else jnp.where(keep, weight, 0)
-    if label_smoothing is not None:
-        a = _checks.number(name, "label_smoothing", label_smoothing).astype(dtype)
-        _checks.check_unit_interval(name, "label_smoothing", a)
-        y = y * (1 - a) + a * 0.5
-    values = loss.mapped(x.ndim, given)(x, y, *extras).astype(dtype)
+    values = mapped(x, y, *extras).astype(dtype)
+    if program and keep is not None:  # of a loss of the user's they may be infinite
+        values = jnp.where(keep, values, 0)
     if weight is not None:
         values = values * weight
     return _reduce.reduce_loss(values, own_weight, keep, where, reduction, axes)

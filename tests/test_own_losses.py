@@ -130,6 +130,87 @@ def test_in_a_step(rng):
     assert_close(step.params, jax.tree.map(lambda p, g: p - 0.1 * g, params, slopes), 2e-6)
 
 
+def by_hand(logit, label):
+    """Infinite at a finite logit."""
+    p = jax.nn.sigmoid(logit)
+    return -(label * jnp.log(p) + (1 - label) * jnp.log(1 - p))
+
+
+def root(logit, label):
+    """Its slope is not finite where it is 0."""
+    return jnp.sqrt((logit - label) ** 2)
+
+
+@pytest.mark.parametrize(("fn", "logit"), [(by_hand, 20.0), (root, 0.0)], ids=["loss", "slope"])
+@pytest.mark.parametrize("reduction", ["mean", "weighted_mean", "sum", "none"])
+def test_a_weight_of_zero_annihilates_what_is_not_finite(fn, logit, reduction):
+    """Of the loss or its slope; in the head and in a step too."""
+    loss, labels = jaxbce.Loss(fn), jnp.array([[0.0, 1.0], [0.0, 1.0]])
+    weight = jnp.array([0.0, 1.5])
+    logits = jnp.array([[logit, 0.3], [0.7, -0.4]])
+
+    def ours(logits):
+        return loss(logits, labels, weight=weight[:, None], reduction=reduction)
+
+    def of_head(logits):
+        return jaxbce.linear_loss(
+            loss, jnp.eye(2), logits, labels=labels, weight=weight, reduction=reduction
+        )
+
+    def kept(logits):
+        losses = fn(logits[1], labels[1]) * weight[1]
+        divisor = {"mean": 4, "weighted_mean": 2 * weight[1]}.get(reduction, 1)
+        return losses.sum() / divisor
+
+    expected = jax.value_and_grad(kept)(logits)
+    for each in (ours, of_head):
+        got = jax.value_and_grad(lambda logits, each=each: jnp.sum(each(logits)))(logits)
+        assert_close(got, expected)
+
+
+@pytest.mark.parametrize("hidden_by", ["where", "weight"])
+def test_what_is_hidden_reaches_no_shared_argument(hidden_by):
+    """A loss that is not finite at what takes the place of the hidden."""
+    loss = jaxbce.Loss(lambda logit, label: -jnp.log(jnp.abs(logit)) * (0.5 + label))
+    logits, labels = jnp.array([2.0, jnp.nan, 3.0]), jnp.array([1.0, 0.0, 0.0])
+    keep = jnp.array([True, False, True])
+    options = {"where": keep} if hidden_by == "where" else {}
+    weight = jnp.array([1.0, 1.0 if hidden_by == "where" else 0.0, 2.0])
+
+    def total(logits, labels, weight, a, **options):
+        return loss(
+            logits, labels, weight=weight, label_smoothing=a, reduction="weighted_mean", **options
+        )
+
+    slope = functools.partial(jax.grad, argnums=(2, 3))
+    got = slope(functools.partial(total, **options))(logits, labels, weight, 0.1)
+    kept = slope(total)(logits[keep], labels[keep], weight[keep], 0.1)
+    np.testing.assert_allclose(got[0][keep], kept[0], rtol=1e-6)
+    np.testing.assert_allclose(got[1], kept[1], rtol=1e-6)
+
+
+def test_reads_its_function_in_the_dtype_of_the_logits():
+    scale = Scale()
+    loss = jaxbce.Loss(lambda x, y: scale.value * (x - y) if x.dtype == jnp.float64 else x - y)
+    with jax.enable_x64(True):
+        for scale.value in (2.0, 5.0):
+            ones = jnp.ones(2, jnp.float64)
+            assert loss(ones, 0 * ones) == scale.value
+            layer = ones[:, None], ones[None]
+            labels = jnp.zeros((2, 2))
+            assert jaxbce.linear_loss(loss, *layer, labels=labels) == scale.value
+
+
+def test_bound_arguments_and_those_with_a_default_do_not_count(drawn):
+    focal = jaxbce.Loss(functools.partial(optax.sigmoid_focal_loss, gamma=2.0))
+    logits, labels = drawn["logits"], drawn["labels"]
+    expected = optax.sigmoid_focal_loss(logits, labels, gamma=2.0)
+    np.testing.assert_allclose(focal(logits, labels, reduction="none"), expected, rtol=1e-5)
+    plain = jaxbce.Loss(lambda logit, label, *, scale=2.0: scale * (logit - label))
+    np.testing.assert_allclose(plain(logits, labels, reduction="none"), 2 * (logits - labels))
+    assert HINGE(logits, labels, margin=None) == HINGE(logits, labels)
+
+
 class Scale:
     value = 1.0
 
@@ -166,6 +247,12 @@ BAD = {
         "got one of 3 arguments; name the",
     ),
     "required": (lambda: ADJUSTED(X, X), TypeError, "log_prior is a required parameter"),
+    "none": (lambda: ADJUSTED(X, X, log_prior=None), TypeError, "log_prior is a required"),
+    "order": (
+        lambda: jaxbce.Loss(hinge, ("slope", "margin"))(X, X),
+        ValueError,
+        r"in the order of fn, .*'margin', 'slope'.*swap them",
+    ),
     "unknown": (
         lambda: ADJUSTED(X, X, log_prior=1.0, tau=1.0),
         TypeError,

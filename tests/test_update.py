@@ -773,6 +773,19 @@ def test_state_that_the_optimizer_rounds_itself(optimizer, rng):
         inside(optimizer, arguments, rounding_key=jax.random.key(0))
 
 
+def test_whole_numbers_that_become_fractions_are_refused(rng):
+    """A dense step would have them in float32 from the first step on."""
+
+    def update(gradients, state, params=None):
+        return gradients, jax.tree.map(lambda count: count + 0.5, state)
+
+    counts = optax.GradientTransformation(
+        lambda params: jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.int32), params), update
+    )
+    with pytest.raises(ValueError, match=r"state of int32 into float32, .* make float32"):
+        call(rng, counts)
+
+
 def test_settings_that_forbid_nan_and_transfers(rng):
     """The optimizer is tried once, while the program is traced."""
     features, params, given = split(draw_head(rng, ROWS, LABELS, NAMES))

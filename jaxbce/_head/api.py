@@ -207,7 +207,7 @@ def linear_loss(
     name = "linear_loss"
     _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
     devices = Devices.named(name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis)
-    chunk_loss = arguments.own_loss(name, loss, per_label)
+    chunk_loss = arguments.own_loss(name, loss, per_label, features, kernel)
     given = arguments.as_given(
         name,
         chunk_loss,

@@ -68,8 +68,8 @@ def built_in_loss(pos_weight: Any) -> tuple[chunks.ChunkLoss, tuple[Any, ...]]:
     return chunks.ChunkLoss(BCE, BCE.parameters), (pos_weight,)
 
 
-def own_loss(name: str, loss: Any, per_label: Any) -> chunks.ChunkLoss:
-    """A user's loss, which must be one number per logit and a function of its arguments alone."""
+def own_loss(name: str, loss: Any, per_label: Any, *arrays: Any) -> chunks.ChunkLoss:
+    """A user's loss of logits that `arrays` make: one number per logit, of its arguments alone."""
     if not isinstance(per_label, (tuple, list)):
         raise TypeError(
             f"{name}: per_label must be a tuple of arrays, got {type(per_label).__name__}; one "
@@ -94,27 +94,30 @@ def own_loss(name: str, loss: Any, per_label: Any) -> chunks.ChunkLoss:
                 f"{name}: per_label must be the parameters of the loss, of which it has "
                 f"{len(loss.parameters)}, got {len(per_label)} arrays; name them in jaxbce.Loss"
             )
-        program = loss.program(name, loss.parameters[: len(per_label)])
+        program = loss.program(name, loss.parameters[: len(per_label)], *arrays)
         return chunks.ChunkLoss(loss, names, program)
     remedy = "pass the value as one of per_label, jax.numpy.full(labels, value)"
     with _checks.value_checks(False):  # a check of values looks at all of them
-        program = _program.of_loss(name, loss, _chunk(2, 3, names), remedy)
-        _check_elements(name, loss, names, program)
+        dtype = _program.dtype_of(*arrays)
+        program = _program.of_loss(name, loss, _chunk(2, 3, names, dtype), remedy)
+        _check_elements(name, loss, names, dtype, program)
     return chunks.ChunkLoss(loss, names, program)
 
 
-def _chunk(rows: int, labels: int, names: tuple[str, ...]) -> list[jax.ShapeDtypeStruct]:
+def _chunk(
+    rows: int, labels: int, names: tuple[str, ...], dtype: Any
+) -> list[jax.ShapeDtypeStruct]:
     """What a function of arrays is given."""
     shapes = [(rows, labels)] * 2 + [(labels,)] * len(names)
-    return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
 
 
 @functools.lru_cache(maxsize=256)
-def _check_elements(name: str, loss: Any, names: tuple[str, ...], program: Any) -> None:
+def _check_elements(name: str, loss: Any, names: tuple[str, ...], dtype: Any, program: Any) -> None:
     """Proves that a function of arrays treats each element apart; `program` is what it does now."""
 
     def read(rows: int, labels: int) -> tuple[_program.Equation, ...]:
-        arrays = _chunk(rows, labels, names)
+        arrays = _chunk(rows, labels, names, dtype)
         return _program.read(jax.make_jaxpr(lambda *a: loss(*a))(*arrays), f"{name}: loss", "")
 
     # Only what the sizes differ in is compared: rows, and labels.

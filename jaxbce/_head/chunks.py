@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbce import _math
-from jaxbce._loss import Loss
+from jaxbce._loss import Loss, is_defined
 
 Gradients = dict[str, Any]  # of every float operand that is given, whatever is wanted
 Candidates = tuple[jax.Array, jax.Array]  # logits of each row and their labels
@@ -181,19 +181,25 @@ def chunk_pass(
         elements["per_label"] = tuple(zeros + array[None] for array in chunk["per_label"])
     if operands.label_smoothing is not None:
         elements["label_smoothing"] = zeros + operands.label_smoothing
+
+    def smoothed_loss(elements: Any) -> jax.Array:
+        labels, a = elements["labels"], elements.get("label_smoothing")
+        if a is not None:
+            labels = labels * (1 - a) + a / 2
+        return loss(elements["logits"], labels, *elements.get("per_label", ()))
+
     hidden = None
     if weightless is not None and used is not None:
         hidden = weightless & ~used[None]
         for element in jax.tree.leaves(elements):
             hidden |= weightless & ~jnp.isfinite(element)
+        if loss.program:
+            defined = is_defined(smoothed_loss, replaced(elements, keep, hidden))
+            hidden |= weightless & ~defined
 
     def masked_loss(elements: Any) -> jax.Array:
         # Replaced before anything is computed of them, so that no NaN reaches a derivative.
-        shown = replaced(elements, keep, hidden)
-        labels, a = shown["labels"], shown.get("label_smoothing")
-        if a is not None:
-            labels = labels * (1 - a) + a / 2
-        losses = loss(shown["logits"], labels, *shown.get("per_label", ()))
+        losses = smoothed_loss(replaced(elements, keep, hidden))
         if hidden is not None:
             losses = jnp.where(hidden, jnp.inf, losses)  # `finite_rows` makes 0 of such a row
         return losses if keep is None else jnp.where(keep, losses, 0)
@@ -208,12 +214,8 @@ def chunk_pass(
     # The scale, of which the slopes are a linear function, is not compared with 0: that would lose
     # what a second derivative needs where it is 0, and could not be transposed.
     (slopes,) = pullback(zeros + operands.scale[:, None])
-    silent = None if keep is None else ~keep
-    if weightless is not None:
-        infinite = weightless & ~jnp.isfinite(losses)
-        silent = infinite if silent is None else infinite | silent
-    if silent is not None:  # a loss of the user's may have no derivative there
-        slopes = jax.tree.map(lambda slope: jnp.where(silent, 0, slope), slopes)
+    if keep is not None:  # a loss of the user's may have no derivative at what replaces the masked
+        slopes = jax.tree.map(lambda slope: jnp.where(keep, slope, 0), slopes)
     slope = slopes["logits"].astype(kernel.dtype)
     gradients: Gradients = {
         "features": matmul(slope, kernel, 1, 1),

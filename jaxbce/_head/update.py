@@ -151,7 +151,7 @@ def linear_update(
     if loss is None:
         chunk_loss, per_label = arguments.built_in_loss(pos_weight)
     else:
-        chunk_loss = arguments.own_loss(name, loss, per_label)
+        chunk_loss = arguments.own_loss(name, loss, per_label, features, params["kernel"])
     given = arguments.as_given(
         name,
         chunk_loss,
@@ -258,6 +258,12 @@ def _rounded(new: Any, old: Any, key: jax.Array | None) -> Any:
     """The arrays `new` in the dtypes of `old`; with a key at random where these are narrow."""
 
     def rounded(i: int, values: jax.Array, like: jax.Array) -> jax.Array:
+        floating = [jnp.issubdtype(each.dtype, jnp.floating) for each in (values, like)]
+        if floating == [True, False]:
+            raise ValueError(
+                f"linear_update: optimizer turns state of {like.dtype} into {values.dtype}, whose "
+                f"fractions each step would lose; let its init make {values.dtype}"
+            )
         if key is None or not _is_narrow(like):
             return values.astype(like.dtype)
         if values.dtype == like.dtype and values.ndim:

@@ -303,22 +303,29 @@ def evaluate_arrays(
     for argument in defined_for:
         value = y if argument == "labels" else x
         size = jnp.where((value >= 0) & (value <= 1), size, jnp.nan)
+    a = None
     if label_smoothing is not None:
         a = _checks.number(name, "label_smoothing", label_smoothing).astype(dtype)
         _checks.check_unit_interval(name, "label_smoothing", a)
-        y = y * (1 - a) + a * 0.5
+
+    def smoothed(y: jax.Array) -> jax.Array:
+        return y if a is None else y * (1 - a) + a * 0.5
+
     mapped = loss.mapped(x.ndim, given)
     if program and weight is not None:
-        size = jnp.where(is_defined(mapped, x, y, *extras), size, jnp.nan)
+        size = jnp.where(is_defined(mapped, x, smoothed(y), *extras), size, jnp.nan)
     keep = _reduce.kept(size, weight, where)
     if keep is not None:
         # Before anything is computed of them, so that no NaN reaches a gradient.
         x, y = jnp.where(keep, x, 0), jnp.where(keep, y, 0)
         extras = [jnp.where(keep, extra, 1) for extra in extras]
         weight = None if weight is None else jnp.where(keep, weight, 0)
-    values = mapped(x, y, *extras).astype(dtype)
-    if program and keep is not None:  # of a loss of the user's they may be infinite
-        values = jnp.where(keep, values, 0)
+    y = smoothed(y)
+    if program and keep is not None:
+        # A loss of the user's may be infinite at what is in the place of the masked.
+        values = jnp.where(keep, mapped(x, jnp.where(keep, y, 0), *extras).astype(dtype), 0)
+    else:
+        values = mapped(x, y, *extras).astype(dtype)
     if weight is not None:
         values = values * weight
     return _reduce.reduce_loss(values, own_weight, keep, where, reduction, axes)

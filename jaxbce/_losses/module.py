@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -131,9 +132,11 @@ class BCEWithLogitsLoss:
 
 def _constant(value: Any) -> Any:
     """A copy on the host that nobody can change; what is traced has no gradient."""
-    if isinstance(value, jax.core.Tracer):
-        return jax.lax.stop_gradient(value)
-    if isinstance(value, (jax.Array, np.ndarray)):
+    if isinstance(
+        value, jax.core.Tracer
+    ):  # outside of jax.jit it may be known without its gradient
+        value = jnp.asarray(jax.lax.stop_gradient(value))
+    if isinstance(value, (jax.Array, np.ndarray)) and not isinstance(value, jax.core.Tracer):
         value = np.array(value)
         value.flags.writeable = False
     return value

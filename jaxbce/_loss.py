@@ -164,7 +164,7 @@ class Loss:
                 f"{name}: {missing[0]} is a required parameter of this loss, got none; pass "
                 f"{missing[0]}=..., or give it a default in the function"
             )
-        number = jax.ShapeDtypeStruct((), _program.dtype_of(*arrays))
+        number = jax.ShapeDtypeStruct((), _math.accumulator(*arrays))
         scalar = self.mapped(0, given)
         remedy = "name it in parameters, and pass it in the call"
         return _program.of_loss(name, scalar, [number] * (2 + len(given)), remedy)

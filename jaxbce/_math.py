@@ -76,9 +76,9 @@ def rematerialised(fn: Kernel, prepare: Kernel | None = None) -> Kernel:
     return kernel
 
 
-def accumulator(*arrays: jax.Array) -> Any:
+def accumulator(*arrays: Any) -> Any:
     """The dtype in which what comes of `arrays` is computed and summed, and that of the loss."""
-    wide = any(array.dtype == jnp.float64 for array in arrays)
+    wide = any(getattr(array, "dtype", None) == jnp.float64 for array in arrays)
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 

@@ -56,12 +56,6 @@ class Equation(NamedTuple):
     callback: Any  # finds its numbers when it runs: another function is another program
 
 
-def dtype_of(*arrays: Any) -> Any:
-    """The dtype in which a loss of `arrays` is computed."""
-    wide = any(getattr(array, "dtype", None) == jnp.float64 for array in arrays)
-    return jnp.float64 if wide else jnp.float32
-
-
 def of_loss(
     name: str, loss: Callable[..., jax.Array], arguments: Sequence[Any], remedy: str
 ) -> tuple[Equation, ...]:

@@ -98,7 +98,7 @@ def own_loss(name: str, loss: Any, per_label: Any, *arrays: Any) -> chunks.Chunk
         return chunks.ChunkLoss(loss, names, program)
     remedy = "pass the value as one of per_label, jax.numpy.full(labels, value)"
     with _checks.value_checks(False):  # a check of values looks at all of them
-        dtype = _program.dtype_of(*arrays)
+        dtype = _math.accumulator(*arrays)
         program = _program.of_loss(name, loss, _chunk(2, 3, names, dtype), remedy)
         _check_elements(name, loss, names, dtype, program)
     return chunks.ChunkLoss(loss, names, program)
@@ -120,10 +120,11 @@ def _check_elements(name: str, loss: Any, names: tuple[str, ...], dtype: Any, pr
         arrays = _chunk(rows, labels, names, dtype)
         return _program.read(jax.make_jaxpr(lambda *a: loss(*a))(*arrays), f"{name}: loss", "")
 
+    base = read(2, 3)
     # Only what the sizes differ in is compared: rows, and labels.
     for rows, labels, axis in ((5, 3, "rows"), (2, 7, "labels")):
         try:
-            mixing = _program.what_mixes(read(2, 3), read(rows, labels))
+            mixing = _program.what_mixes(base, read(rows, labels))
         except (TypeError, ValueError) as error:
             mixing = f"an array of another size ({error})"
         if mixing is not None:

@@ -132,9 +132,8 @@ class BCEWithLogitsLoss:
 
 def _constant(value: Any) -> Any:
     """A copy on the host that nobody can change; what is traced has no gradient."""
-    if isinstance(
-        value, jax.core.Tracer
-    ):  # outside of jax.jit it may be known without its gradient
+    if isinstance(value, jax.core.Tracer):
+        # Outside of jax.jit the value may be known, once its gradient is stopped.
         value = jnp.asarray(jax.lax.stop_gradient(value))
     if isinstance(value, (jax.Array, np.ndarray)) and not isinstance(value, jax.core.Tracer):
         value = np.array(value)

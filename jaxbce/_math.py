@@ -79,7 +79,8 @@ def rematerialised(fn: Kernel, prepare: Kernel | None = None) -> Kernel:
 def accumulator(*arrays: Any) -> Any:
     """The dtype in which what comes of `arrays` is computed and summed, and that of the loss."""
     wide = any(getattr(array, "dtype", None) == jnp.float64 for array in arrays)
-    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+    # NumPy's float64 is float32 in JAX unless jax_enable_x64 is set.
+    return jax.dtypes.canonicalize_dtype(jnp.float64 if wide else jnp.float32)
 
 
 def over(kernel: Kernel, ndim: int) -> Kernel:

@@ -39,8 +39,10 @@ ELEMENTWISE = """
 """
 # Those that drop some axes, and treat each place on the others apart.
 DROPPING = """
-    reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum squeeze
+    reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum squeeze unstack
 """
+# Those that JAX adds or leaves out for an axis of one element.
+SHAPING = "broadcast_in_dim reduce_sum reshape squeeze"
 # Those that change something outside of the program.
 EFFECTS = ("addupdate", "io_callback", "swap")
 
@@ -68,9 +70,14 @@ def of_loss(
     def value(*arrays: jax.Array) -> jax.Array:
         return loss(*arrays)
 
-    def derivatives(*arrays: jax.Array) -> Any:
-        losses, pullback = jax.vjp(loss, *arrays)
-        return pullback(losses)
+    def by_all(*arrays: jax.Array) -> Any:
+        return _pull_back(loss, *arrays)
+
+    def by_logits(logits: jax.Array, *others: jax.Array) -> Any:
+        return _pull_back(lambda logits: loss(logits, *others), logits)
+
+    def second(*arrays: jax.Array) -> Any:
+        return _pull_back(by_all, *arrays)
 
     traced = jax.make_jaxpr(value)(*arguments)
     shapes, expected = [result.shape for result in traced.out_avals], arguments[0].shape
@@ -83,11 +90,18 @@ def of_loss(
     if not jnp.issubdtype(traced.out_avals[0].dtype, jnp.floating):
         raise TypeError(f"{name}: loss must return floats, got {traced.out_avals[0].dtype}")
     programs = [traced]
-    # A loss may have no derivative, as one with a loop of unknown length.
-    with contextlib.suppress(NotImplementedError, TypeError, ValueError):
-        programs.append(jax.make_jaxpr(derivatives)(*arguments))
+    for derivative in (by_all, by_logits, second):
+        # A loss may have no derivative, as one with a loop of unknown length.
+        with contextlib.suppress(NotImplementedError, TypeError, ValueError):
+            programs.append(jax.make_jaxpr(derivative)(*arguments))
     who, if_traced = f"{name}: loss", f"of which it would lose the gradient; {remedy}"
     return tuple(equation for each in programs for equation in read(each, who, if_traced))
+
+
+def _pull_back(fn: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """A derivative of `fn`, whatever it returns, in reverse mode."""
+    values, pullback = jax.vjp(fn, *arrays)
+    return pullback(values)
 
 
 def read(traced: Any, who: str, if_traced: str) -> tuple[Equation, ...]:
@@ -103,6 +117,21 @@ def read(traced: Any, who: str, if_traced: str) -> tuple[Equation, ...]:
                 "or change it outside"
             )
     return program
+
+
+def is_same(one: Sequence[Equation], two: Sequence[Equation], in_shapes: bool) -> bool:
+    """Whether two programs do the same; where not `in_shapes`, but for axes of one element."""
+    if in_shapes:
+        return [each[:3] for each in one] == [each[:3] for each in two]
+    parts = [
+        [
+            (each.primitive, [part for part in each.meaning if isinstance(part[0], np.dtype)])
+            for each in program
+            if each.primitive not in SHAPING.split()
+        ]
+        for program in (one, two)
+    ]
+    return parts[0] == parts[1]
 
 
 def what_mixes(one: Sequence[Equation], two: Sequence[Equation]) -> str | None:

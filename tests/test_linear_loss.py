@@ -346,6 +346,25 @@ class Clipped:
     def jvp(self, x, y):
         return optax.sigmoid_binary_cross_entropy(with_slope_times(x, self.limit), y)
 
+    def second(self, x, y):
+        """Only its second derivative reads the limit."""
+        slope = jax.custom_jvp(jnp.tanh)
+        slope.defjvp(lambda x, t: (jnp.tanh(*x), self.limit * t[0]))
+        value = jax.custom_jvp(lambda x: x)
+        value.defjvp(lambda x, t: (x[0], slope(*x) * t[0]))
+        return value(x) - x * y
+
+    def alone(self, x, y):
+        """Only where the logits are differentiated alone its derivative reads the limit."""
+
+        def rule(primals, tangents):
+            by_y = not isinstance(tangents[1], jax.custom_derivatives.SymbolicZero)
+            return primals[0], tangents[0] * (1.0 if by_y else self.limit)
+
+        value = jax.custom_jvp(lambda x, y: x)
+        value.defjvp(rule, symbolic_zeros=True)
+        return value(x, y) ** 2
+
     def callback(self, x, y):
         limit = self.limit
         kind = jax.ShapeDtypeStruct((), jnp.float32)
@@ -375,6 +394,32 @@ def test_a_rule_of_a_derivative_reads_what_its_object_holds_now(rule, make, rng)
             assert_close(jax.grad(of_head)(kernel), jax.grad(dense)(kernel))
 
 
+@pytest.mark.parametrize("rule", ["second", "alone"])
+def test_a_rule_of_a_rare_derivative_reads_what_its_object_holds_now(rule, rng):
+    logits, labels = rng.normal(size=(2, 3)), rng.integers(0, 2, (2, 3))
+    features, kernel = np.eye(2, dtype=np.float32), np.float32(logits)
+    clipped = Clipped()
+    loss = getattr(clipped, rule)
+    forms = {
+        "dense": lambda kernel: jnp.sum(loss(kernel, np.float32(labels))),
+        "Loss": lambda kernel: jaxbce.Loss(loss)(kernel, labels, reduction="sum"),
+        "head": lambda kernel: jaxbce.linear_loss(
+            loss, features, kernel, labels=labels, reduction="sum"
+        ),
+    }
+    if rule == "alone":  # the head always differentiates both
+        forms.pop("head")
+    for clipped.limit in (1.0, 0.125, 1.0):
+        slopes = []
+        for form in forms.values():
+            gradient = jax.grad(form)
+            if rule == "second":
+                gradient = jax.grad(lambda kernel, form=form: jnp.sum(jax.grad(form)(kernel)))
+            slopes.append(gradient(kernel))
+        for got in slopes[1:]:
+            assert_close(got, slopes[0])
+
+
 def test_a_rule_of_a_derivative_that_holds_a_traced_value_is_refused(rng):
     drawn = draw_head(rng, names=("positives",))
     layer = drawn.pop("features"), drawn.pop("kernel")
@@ -395,6 +440,13 @@ def counting(x, y):
     return x - y
 
 
+def normed(x):
+    """Its slopes are divided by the largest of them."""
+    return x
+
+
+normed = jax.custom_vjp(normed)
+normed.defvjp(lambda x: (x, None), lambda _, g: (g / jnp.max(jnp.abs(g)),))
 NOT_ELEMENTWISE = {
     "weights of rows": lambda x, y: jnp.arange(1.0, 3.0)[:, None] * (x - y),
     "mean of rows": lambda x, y: (1 - y.mean(0, keepdims=True)) * x,
@@ -405,6 +457,7 @@ NOT_ELEMENTWISE = {
     "size": lambda x, y: (x - y) / x.shape[1],
     "noise": lambda x, y: x - y * jax.random.normal(jax.random.key(0), x.shape),
     "effect": counting,
+    "slopes": lambda x, y: (normed(x) - y) ** 2,
 }
 
 
@@ -415,6 +468,28 @@ def test_a_function_that_mixes_logits_is_refused(loss, rng):
     message = "change nothing outside" if loss is counting else r"apart.*jaxbce\.Loss\(function\)"
     with pytest.raises(ValueError, match=f"linear_loss: loss .*{message}"):
         jaxbce.linear_loss(loss, *layer, **drawn)
+
+
+OF_A_SIZE = {
+    "of one label": lambda x, y: (x - y) ** 2 * (2.0 if x.shape[1] == 1 else 1.0),
+    "of the chunk": lambda x, y: (x - y) ** 2 * (2.0 if x.shape[1] == 4 else 1.0),
+    "of many labels": lambda x, y: jax.nn.softmax(x) - y if x.shape[1] > 7 else x - y,
+    "of all": lambda x, y: (x - y) ** 2 / (x.shape[1] if x.shape[1] == 9 else 1),
+}
+
+
+@pytest.mark.parametrize("loss", OF_A_SIZE.values(), ids=OF_A_SIZE)
+def test_a_function_that_asks_for_its_size_is_refused(loss, rng):
+    """Whatever the size at which it is another one: of a chunk, of the last one, of all labels."""
+    features, kernel = rng.normal(size=(2, 3)), rng.normal(size=(3, 9))
+    labels = rng.integers(0, 2, (2, 9))
+
+    def in_chunks():
+        for chunk_size in (4, 8, 9):
+            jaxbce.linear_loss(loss, features, kernel, labels=labels, chunk_size=chunk_size)
+
+    with pytest.raises(ValueError, match="does across labels"):
+        in_chunks()
 
 
 @dataclasses.dataclass

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxbce import _checks, _placement, _reduce
 from jaxbce._head import arguments, chunks
+from jaxbce._head.loss import ChunkLoss, built_in_loss, own_loss
 from jaxbce._head.mesh import Devices
 from jaxbce._loss import Loss
 
@@ -107,7 +108,7 @@ def linear_bce_with_logits(
     name = "linear_bce_with_logits"
     _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
     devices = Devices.named(name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis)
-    loss, per_label = arguments.built_in_loss(pos_weight)
+    loss, per_label = built_in_loss(pos_weight)
     given = arguments.as_given(
         name,
         loss,
@@ -207,7 +208,7 @@ def linear_loss(
     name = "linear_loss"
     _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
     devices = Devices.named(name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis)
-    chunk_loss = arguments.own_loss(name, loss, per_label, features, kernel)
+    chunk_loss = own_loss(name, loss, per_label, features, kernel)
     given = arguments.as_given(
         name,
         chunk_loss,
@@ -237,7 +238,7 @@ def _evaluate(
     *,
     name: str,
     reduction: str,
-    loss: chunks.ChunkLoss,
+    loss: ChunkLoss,
     devices: Devices,
 ) -> jax.Array:
     lead, operands, weight = arguments.prepare(given, name=name, reduction=reduction, loss=loss)

@@ -1,6 +1,5 @@
 """What the functions of the head have in common: their arrays, checked and prepared for a pass."""
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxbce import _checks, _math, _placement, _program, _reduce
+from jaxbce import _checks, _math, _placement, _reduce
 from jaxbce._head import chunks
+from jaxbce._head.loss import ChunkLoss
 from jaxbce._loss import Loss
-from jaxbce._losses.bce import BCE
 
 
 class Given(NamedTuple):
@@ -31,7 +30,7 @@ class Given(NamedTuple):
 
 def as_given(
     name: str,
-    loss: chunks.ChunkLoss,
+    loss: ChunkLoss,
     features: Any,
     kernel: Any,
     bias: Any,
@@ -59,80 +58,6 @@ def as_given(
         ignored=ignored,
     )
     return Given._make([*arrays, tuple(numbers)])
-
-
-def built_in_loss(pos_weight: Any) -> tuple[chunks.ChunkLoss, tuple[Any, ...]]:
-    """The loss of the logits, and its numbers per label."""
-    if pos_weight is None:
-        return chunks.ChunkLoss(BCE), ()
-    return chunks.ChunkLoss(BCE, BCE.parameters), (pos_weight,)
-
-
-def own_loss(name: str, loss: Any, per_label: Any, *arrays: Any) -> chunks.ChunkLoss:
-    """A user's loss of logits that `arrays` make: one number per logit, of its arguments alone."""
-    if not isinstance(per_label, (tuple, list)):
-        raise TypeError(
-            f"{name}: per_label must be a tuple of arrays, got {type(per_label).__name__}; one "
-            "array is (per_label,)"
-        )
-    if not callable(loss):
-        raise TypeError(
-            f"{name}: loss must be a function of (logits, labels, *per_label), or a jaxbce.Loss, "
-            f"got {type(loss).__name__}; linear_loss takes it first, linear_update as loss=..."
-        )
-    try:
-        hash(loss)
-    except TypeError:
-        raise TypeError(
-            f"{name}: loss must be hashable, got {type(loss).__name__}; pass its arrays as "
-            "per_label, and make a dataclass with eq=False"
-        ) from None
-    names = tuple(f"per_label[{i}]" for i in range(len(per_label)))
-    if isinstance(loss, Loss):
-        if len(per_label) > len(loss.parameters):
-            raise ValueError(
-                f"{name}: per_label must be the parameters of the loss, of which it has "
-                f"{len(loss.parameters)}, got {len(per_label)} arrays; name them in jaxbce.Loss"
-            )
-        program = loss.program(name, loss.parameters[: len(per_label)], *arrays)
-        return chunks.ChunkLoss(loss, names, program)
-    remedy = "pass the value as one of per_label, jax.numpy.full(labels, value)"
-    with _checks.value_checks(False):  # a check of values looks at all of them
-        dtype = _math.accumulator(*arrays)
-        program = _program.of_loss(name, loss, _chunk(2, 3, names, dtype), remedy)
-        _check_elements(name, loss, names, dtype, program)
-    return chunks.ChunkLoss(loss, names, program)
-
-
-def _chunk(
-    rows: int, labels: int, names: tuple[str, ...], dtype: Any
-) -> list[jax.ShapeDtypeStruct]:
-    """What a function of arrays is given."""
-    shapes = [(rows, labels)] * 2 + [(labels,)] * len(names)
-    return [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-
-
-@functools.lru_cache(maxsize=256)
-def _check_elements(name: str, loss: Any, names: tuple[str, ...], dtype: Any, program: Any) -> None:
-    """Proves that a function of arrays treats each element apart; `program` is what it does now."""
-
-    def read(rows: int, labels: int) -> tuple[_program.Equation, ...]:
-        arrays = _chunk(rows, labels, names, dtype)
-        return _program.read(jax.make_jaxpr(lambda *a: loss(*a))(*arrays), f"{name}: loss", "")
-
-    base = read(2, 3)
-    # Only what the sizes differ in is compared: rows, and labels.
-    for rows, labels, axis in ((5, 3, "rows"), (2, 7, "labels")):
-        try:
-            mixing = _program.what_mixes(base, read(rows, labels))
-        except (TypeError, ValueError) as error:
-            mixing = f"an array of another size ({error})"
-        if mixing is not None:
-            raise ValueError(
-                f"{name}: loss is not known to treat each logit apart, got a function that does "
-                f"across {axis}: {mixing or 'what depends on their number'}; write it for one "
-                "logit and one label, as jaxbce.Loss(function), which treats each apart"
-            )
 
 
 def prepare_layer(
@@ -164,7 +89,7 @@ def prepare_layer(
 
 
 def prepare(
-    given: Given, *, name: str, reduction: str, loss: chunks.ChunkLoss
+    given: Given, *, name: str, reduction: str, loss: ChunkLoss
 ) -> tuple[tuple[int, ...], chunks.Operands, jax.Array | None]:
     """The leading axes of the rows, the operands of a pass over them, and the weight of each."""
     features, kernel, bias = prepare_layer(name, given.features, given.kernel, given.bias)

@@ -7,14 +7,15 @@ same pass, every gradient: with Z the logits of a chunk and G = scale · ∂loss
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxbce import _math
-from jaxbce._loss import Loss, is_defined
+from jaxbce._head.loss import ChunkLoss
+from jaxbce._loss import is_defined
 
 Gradients = dict[str, Any]  # of every float operand that is given, whatever is wanted
 Candidates = tuple[jax.Array, jax.Array]  # logits of each row and their labels
@@ -92,28 +93,6 @@ def chunk_mask(
         known = multi_hot_of_chunk(operands.ignored, first, size) == 0
         keep = known if keep is None else known & keep
     return keep
-
-
-@dataclasses.dataclass(frozen=True)
-class ChunkLoss:
-    """The loss of a chunk: of its logits, its labels and the numbers of its labels."""
-
-    loss: Loss | Callable[..., jax.Array]  # a function takes [rows, chunk] and numbers [chunk]
-    per_label: tuple[str, ...] = ()  # what errors call the numbers of its labels
-    program: Hashable = ()  # what a user's loss does: a part of what a compiled pass is known by
-
-    def __call__(self, logits: jax.Array, labels: jax.Array, *per_label: jax.Array) -> jax.Array:
-        """All of them are [rows, chunk]."""
-        if isinstance(self.loss, Loss):
-            given = self.loss.parameters[: len(self.per_label)]
-            losses = self.loss.mapped(2, given)(logits, labels, *per_label)
-        else:
-            losses = jax.vmap(self.row)(logits, labels, *per_label)
-        return losses.astype(logits.dtype)
-
-    def row(self, logits: jax.Array, labels: jax.Array, *per_label: jax.Array) -> jax.Array:
-        """Row by row, so that the slope of what all rows share can be masked in each of them."""
-        return self.loss(logits[None], labels[None], *per_label)[0]
 
 
 def replaced(

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxbce import _checks, _math, _placement, _reduce
 from jaxbce._head import chunks
+from jaxbce._head.loss import ChunkLoss
 from jaxbce._head.mesh import Devices
 from jaxbce._head.ring import OnRing
 from jaxbce._losses.bce import BCE
@@ -121,5 +122,5 @@ def _siglip(
         positives=positives,
         scale=jnp.full(batch, _reduce.one_over(batch, dtype)),
     )
-    plan = devices.over(name, batch, batch, chunks.ChunkLoss(BCE), OnRing)
+    plan = devices.over(name, batch, batch, ChunkLoss(BCE), OnRing)
     return chunks.total_loss(plan, _placement.vary_together(operands))

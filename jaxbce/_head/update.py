@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxbce import _checks, _math, _placement, _reduce
 from jaxbce._head import arguments, chunks, optimizers
+from jaxbce._head.loss import ChunkLoss, built_in_loss, own_loss
 from jaxbce._head.mesh import Devices
 from jaxbce._loss import Loss
 
@@ -149,9 +150,9 @@ def linear_update(
             f"{params['kernel'].dtype} and no such state; leave it out"
         )
     if loss is None:
-        chunk_loss, per_label = arguments.built_in_loss(pos_weight)
+        chunk_loss, per_label = built_in_loss(pos_weight)
     else:
-        chunk_loss = arguments.own_loss(name, loss, per_label, features, params["kernel"])
+        chunk_loss = own_loss(name, loss, per_label, features, params["kernel"])
     given = arguments.as_given(
         name,
         chunk_loss,
@@ -203,7 +204,7 @@ def _update(
     *,
     name: str,
     reduction: str,
-    loss: chunks.ChunkLoss,
+    loss: ChunkLoss,
     optimizer: Any,
     layout: optimizers.Layout,
     devices: Devices,
@@ -317,7 +318,7 @@ def update_pass(
     columns: Any,
     others: Any,
     key: jax.Array | None,
-    loss: chunks.ChunkLoss,
+    loss: ChunkLoss,
     chunk_size: int,
     offset: jax.Array | int = 0,
     total: Callable[[str, jax.Array], jax.Array] = lambda name, part: part,

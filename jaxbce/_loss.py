@@ -170,10 +170,15 @@ class Loss:
         return _program.of_loss(name, scalar, [number] * (2 + len(given)), remedy)
 
 
-def magnitude(*values: jax.Array | None) -> jax.Array:
+def magnitude(*values: Any) -> jax.Array:
     """Not finite where one of the values is not, or where a product of them may not be."""
     sizes = [jnp.maximum(jnp.abs(value), 1) for value in values if value is not None]
     return functools.reduce(operator.mul, sizes)
+
+
+def undefined_outside(values: jax.Array, size: jax.Array) -> jax.Array:
+    """`size`, but not finite where `values` are outside of [0, 1]: a loss may be infinite there."""
+    return jnp.where((values >= 0) & (values <= 1), size, jnp.nan)
 
 
 def is_defined(loss: Callable[..., jax.Array], *arrays: Any) -> jax.Array:
@@ -196,13 +201,13 @@ def evaluate(
     axis: int | tuple[int, ...] | None = None,
     reduction: str = "none",
     score_name: str = "logits",
-    defined_for: tuple[str, ...] = (),
+    bound: Callable[..., jax.Array] = magnitude,
     sparse: bool = False,
     program: tuple[_program.Equation, ...] = (),
 ) -> jax.Array:
     """Checks what does not need an array, then makes one cached, compiled call.
 
-    Outside of [0, 1] of an argument in `defined_for` the loss may be infinite, or NaN.
+    `bound` of the scores, labels and parameters is not finite where the loss or a slope may not be.
     """
     _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
     axes = _checks.axes_or_none(name, axis, reduction)
@@ -223,7 +228,7 @@ def evaluate(
         reduction=reduction,
         axes=axes,
         score_name=score_name,
-        defined_for=defined_for,
+        bound=bound,
         sparse=sparse,
         program=program,
     )
@@ -246,7 +251,7 @@ STATIC = [
     "reduction",
     "axes",
     "score_name",
-    "defined_for",
+    "bound",
     "sparse",
     "program",
 ]
@@ -266,7 +271,7 @@ def evaluate_arrays(
     reduction: str,
     axes: tuple[int, ...] | None,
     score_name: str,
-    defined_for: tuple[str, ...],
+    bound: Callable[..., jax.Array],
     sparse: bool,
     program: tuple[_program.Equation, ...],
 ) -> jax.Array:
@@ -299,10 +304,7 @@ def evaluate_arrays(
         if argument == "pos_weight":
             _checks.check_not_negative(name, argument, extra, counted)
 
-    size = magnitude(x, y, *extras)
-    for argument in defined_for:
-        value = y if argument == "labels" else x
-        size = jnp.where((value >= 0) & (value <= 1), size, jnp.nan)
+    size = bound(x, y, *extras)
     a = None
     if label_smoothing is not None:
         a = _checks.number(name, "label_smoothing", label_smoothing).astype(dtype)

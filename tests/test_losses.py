@@ -430,7 +430,7 @@ def test_zero_dimensional(loss):
     np.testing.assert_allclose(loss.call(0.25, 1), expected, rtol=1e-6)
 
 
-GARBAGE = [np.nan, np.inf, -np.inf, 7.0, 1e38, -1e38]
+GARBAGE = [np.nan, np.inf, -np.inf, 7.0, 1e38, -1e38, 3e38, -3e38]
 
 
 @distinct_losses

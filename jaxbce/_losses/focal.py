@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxbce import _checks, _math
-from jaxbce._loss import Loss, evaluate
+from jaxbce._loss import Loss, evaluate, magnitude, undefined_outside
 from jaxbce._losses import bce
 from jaxbce._math import WHOLE, multiply_no_nan, multiply_no_nan_value, product
 
@@ -128,15 +129,28 @@ def focal(gamma: float | None) -> _math.Kernel:
     return _math.rematerialised(loss, _math.recomputed)
 
 
-def focal_of(name: str, alpha: Any, gamma: Any) -> tuple[Loss, dict[str, Any]]:
-    """The loss, and the alpha and gamma that it takes: a known gamma is in its kernel."""
+@functools.cache
+def bound_of(gamma: float) -> _math.Kernel:
+    """The slope of the slope by a label is up to 4 gamma (gamma - 1) times the loss."""
+
+    def bound(x: jax.Array, y: jax.Array, *others: jax.Array) -> jax.Array:
+        return undefined_outside(y, magnitude(x, y, *others, 4 * (1 + gamma) ** 2))
+
+    return bound
+
+
+def focal_of(
+    name: str, alpha: Any, gamma: Any
+) -> tuple[Loss, dict[str, Any], Callable[..., jax.Array]]:
+    """The loss, the alpha and gamma that it takes, and its bound: a known gamma is in its kernel."""
     if alpha is not None and _checks.is_static(alpha):
         alpha = _checks.static_number(name, "alpha", alpha, "in [0, 1]", 0, math.nextafter(1, 2))
     exponent = None
     if gamma is None or _checks.is_static(gamma):
         valid = "finite and at least 0"
         exponent, gamma = _checks.static_number(name, "gamma", gamma, valid, 0, math.inf), None
-    return Loss(focal(exponent), ("alpha", "gamma")), {"alpha": alpha, "gamma": gamma}
+    parameters = {"alpha": alpha, "gamma": gamma}
+    return Loss(focal(exponent), ("alpha", "gamma")), parameters, bound_of(exponent or 0)
 
 
 def focal_loss(
@@ -206,7 +220,7 @@ def focal_loss(
     Source: Lin et al., "Focal Loss for Dense Object Detection" (2017).
     """
     name = "focal_loss"
-    loss, parameters = focal_of(name, alpha, gamma)
+    loss, parameters, bound = focal_of(name, alpha, gamma)
     return evaluate(
         name,
         loss,
@@ -218,7 +232,7 @@ def focal_loss(
         where=where,
         axis=axis,
         reduction=reduction,
-        defined_for=("labels",),
+        bound=bound,
     )
 
 
@@ -273,7 +287,7 @@ def sigmoid_focal_loss(
     unless it is given.
     """
     name = "sigmoid_focal_loss"
-    loss, parameters = focal_of(name, alpha, gamma)
+    loss, parameters, bound = focal_of(name, alpha, gamma)
     return evaluate(
         name,
         loss,
@@ -282,5 +296,5 @@ def sigmoid_focal_loss(
         parameters=parameters,
         weight=weight,
         where=where,
-        defined_for=("labels",),
+        bound=bound,
     )

@@ -6,7 +6,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxbce import _math
-from jaxbce._loss import Loss, evaluate
+from jaxbce._loss import Loss, evaluate, undefined_outside
 
 # loss(p, y) = -y max(log p, -100) - (1 - y) max(log(1 - p), -100)
 #
@@ -86,6 +86,10 @@ def partials(p: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
 OF_PROBABILITIES = Loss(_math.rematerialised(_math.with_jvp(value, partials)))
 
 
+def bound(p: jax.Array, y: jax.Array) -> jax.Array:
+    return undefined_outside(p, undefined_outside(y, p))
+
+
 def bce(
     probs: ArrayLike,
     labels: ArrayLike,
@@ -152,5 +156,5 @@ def bce(
         axis=axis,
         reduction=reduction,
         score_name="probs",
-        defined_for=("probs", "labels"),
+        bound=bound,
     )

@@ -30,7 +30,8 @@ CALLING = (
 
 # Operations that compute each element of their result from the same element of their operands.
 ELEMENTWISE = """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
+    bitcast_convert_type cbrt ceil clamp
     convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor
     ge gt integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not
     optimization_barrier or pow reduce_precision rem round rsqrt select_n shift_left
@@ -39,8 +40,10 @@ ELEMENTWISE = """
 """
 # Those that drop some axes, and treat each place on the others apart.
 DROPPING = """
-    reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum squeeze unstack
+    argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum squeeze unstack
 """
+# Those that work along some axes, and treat each place on the others apart.
+ALONG = "cumlogsumexp cummax cummin cumprod cumsum rev sort"
 # Those that JAX adds or leaves out for an axis of one element.
 SHAPING = "broadcast_in_dim reduce_sum reshape squeeze"
 # Those that change something outside of the program.
@@ -188,10 +191,14 @@ def _keeps(
     if equation.primitive in DROPPING.split():
         dropped = sum(each < axis for each in equation.axes)
         return axis not in equation.axes and new_axis == axis - dropped
+    if equation.primitive in ALONG.split():
+        return axis == new_axis and axis not in equation.axes
     if equation.primitive == "broadcast_in_dim":
         return equation.axes[axis] == new_axis
     if equation.primitive == "concatenate":
         return axis == new_axis != equation.axes[0]
+    if equation.primitive == "transpose":
+        return equation.axes[new_axis] == axis
     if equation.primitive == "stack":
         return new_axis == axis + (equation.axes[0] <= axis)
     in_rows = shape[axis] == new_shape[new_axis] and (
@@ -213,7 +220,10 @@ def _equations(traced: Any, if_traced: str) -> Iterator[Equation]:
     def equation(
         primitive: str, operands: Sequence[Any], results: Sequence[Any], **options: Any
     ) -> Equation:
-        axes = [options.get(key) for key in ("axes", "dimensions", "broadcast_dimensions")]
+        axes = [
+            options.get(key)
+            for key in ("axes", "dimensions", "broadcast_dimensions", "permutation")
+        ]
         axes += [(options[key],) for key in ("dimension", "axis") if key in options]
         return Equation(
             primitive,

@@ -126,6 +126,13 @@ WELCOME = {
         lambda s: s / (1 + jnp.sqrt((s * s).sum(tuple(range(s.ndim - 1)))))
     ),
     "a number for each feature": elementwise(lambda s: s * jnp.arange(3.0)[: s.ndim, None][0]),
+    "sorted over the width": elementwise(
+        lambda s: jnp.sort(jnp.atleast_2d(s), axis=0).reshape(s.shape)
+    ),
+    "running sums over the width": elementwise(lambda s: jnp.cumsum(s[None], axis=0)[0]),
+    "turned twice": elementwise(lambda s: soft_sign(s.T).T),
+    "bits": elementwise(lambda s: jnp.where(s.view(jnp.int32) > 3, s, 0)),
+    "nothing for a parameter": optax.stateless(lambda s, _: s | {"kernel": None}),
     "a forward rule": elementwise(forward_rule(soft_sign)),
     "a backward rule": elementwise(backward_rule(soft_sign)),
     "recomputed": elementwise(jax.checkpoint(soft_sign)),
@@ -169,6 +176,7 @@ MIXING = {
     "reversed": elementwise(lambda s: s[..., ::-1]),
     "permuted": elementwise(lambda s: jnp.roll(s, 1, -1)),
     "sorted": elementwise(lambda s: jnp.sort(s, axis=-1)),
+    "turned": elementwise(lambda s: s.reshape(s.T.shape).T),
     "running sums": elementwise(lambda s: jnp.cumsum(s, axis=-1)),
     "places": elementwise(lambda s: s * jnp.arange(s.shape[-1])),
     "places, as a constant": elementwise(lambda s: s * np.arange(s.shape[-1], dtype=np.float32)),

@@ -85,7 +85,11 @@ def step(optimizer: Any, gradients: Any, params: Any, state: Any) -> tuple[Any, 
     params, state = jax.tree.map(_widened, (params, state))
     with jax.numpy_dtype_promotion("standard"):  # a user's own setting may refuse what optax does
         updates, state = optimizer.update(gradients, state, params)
-    return jax.tree.map(jnp.add, params, updates), state
+
+    def moved(update: jax.Array | None, old: jax.Array) -> jax.Array:
+        return old if update is None else old + update  # as optax.apply_updates
+
+    return jax.tree.map(moved, updates, params, is_leaf=lambda leaf: leaf is None), state
 
 
 def _read(name: str, optimizer: Any, params: Any, state: Any) -> tuple[_program.Equation, ...]:

@@ -142,7 +142,7 @@ def bound_of(gamma: float) -> _math.Kernel:
 def focal_of(
     name: str, alpha: Any, gamma: Any
 ) -> tuple[Loss, dict[str, Any], Callable[..., jax.Array]]:
-    """The loss, the alpha and gamma that it takes, and its bound: a known gamma is in its kernel."""
+    """The loss, the alpha and gamma that it takes, its bound; a known gamma is in its kernel."""
     if alpha is not None and _checks.is_static(alpha):
         alpha = _checks.static_number(name, "alpha", alpha, "in [0, 1]", 0, math.nextafter(1, 2))
     exponent = None

@@ -7,6 +7,8 @@ same pass, every gradient: with Z the logits of a chunk and G = scale · ∂loss
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxbce import _math
 from jaxbce._head.loss import ChunkLoss
+from jaxbce._labels.ids import ones_at
 from jaxbce._loss import is_defined
 
 Gradients = dict[str, Any]  # of every float operand that is given, whatever is wanted
@@ -64,24 +67,6 @@ def columns(array: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(array, start, size, axis=array.ndim - 1)
 
 
-def chunk_logits(
-    features: jax.Array, kernel: jax.Array, bias: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """The logits of a chunk, and its kernel in the dtype of the product."""
-    kernel = kernel.astype(features.dtype)
-    logits = matmul(features, kernel, 1, 0)
-    return (logits if bias is None else logits + bias[None].astype(logits.dtype)), kernel
-
-
-def multi_hot_of_chunk(ids: jax.Array, first: jax.Array | int, size: int) -> jax.Array:
-    """1 at the ids of each row among the labels first, ..., first + size − 1, 0 elsewhere."""
-    local = ids - first
-    # One past the end is dropped; a negative index would wrap around even so.
-    local = jnp.where((local >= 0) & (local < size), local, size)
-    rows = jnp.arange(ids.shape[0])[:, None]
-    return jnp.zeros((ids.shape[0], size), jnp.int8).at[rows, local].set(1, mode="drop")
-
-
 def chunk_mask(
     operands: Operands, first: jax.Array | int, start: jax.Array | int, size: int
 ) -> jax.Array | None:
@@ -90,25 +75,23 @@ def chunk_mask(
     if keep is not None and keep.shape[1] != 1:
         keep = columns(keep, start, size)
     if operands.ignored is not None:
-        known = multi_hot_of_chunk(operands.ignored, first, size) == 0
+        known = ~ones_at(operands.ignored, size, bool, first)
         keep = known if keep is None else known & keep
     return keep
 
 
-def replaced(
-    elements: dict[str, Any], keep: jax.Array | None, hidden: jax.Array | None
-) -> dict[str, Any]:
-    """`elements` with harmless numbers in place of what is not kept, or is hidden."""
-    for out in (None if keep is None else ~keep, hidden):
-        if out is not None:
-            elements = {
-                name: jax.tree.map(
-                    lambda a, other=float(name == "per_label"), out=out: jnp.where(out, other, a),
-                    element,
-                )
-                for name, element in elements.items()
-            }
-    return elements
+def replaced(elements: dict[str, Any], hidden: jax.Array | None) -> dict[str, Any]:
+    """`elements` with harmless numbers in place of what is hidden."""
+    if hidden is None:
+        return elements
+
+    def harmless(name: str, element: jax.Array) -> jax.Array:
+        return jnp.where(hidden, float(name == "per_label"), element)
+
+    return {
+        name: jax.tree.map(functools.partial(harmless, name), element)
+        for name, element in elements.items()
+    }
 
 
 def gradient_dtype(operand: jax.Array) -> Any:
@@ -117,6 +100,17 @@ def gradient_dtype(operand: jax.Array) -> Any:
     Under a loss scale most of a gradient would be 0 in float16 before it is multiplied.
     """
     return _math.accumulator(operand) if operand.dtype == jnp.float16 else operand.dtype
+
+
+def without_nan(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A kernel with 0 for what is not finite, and NaN for each label that has such a number.
+
+    The NaN goes into the logits. A product would take it from a label that is masked to a row,
+    because 0 · NaN is NaN.
+    """
+    finite = jnp.isfinite(kernel)
+    mark = jnp.sum(jnp.where(finite, 0, jnp.nan), axis=0, dtype=_math.accumulator(kernel))
+    return jnp.where(finite, kernel, 0), mark
 
 
 def chunk_pass(
@@ -137,22 +131,19 @@ def chunk_pass(
         for name in LABELLED
     }
     keep = chunk_mask(operands, offset + start, start, size)
-    if due is not None:
-        keep = due[None] if keep is None else keep & due[None]
     weightless = None if operands.weightless is None else operands.weightless[:, None]
-    used = None if keep is None else jnp.any(keep, axis=0)
-    if weightless is not None:
-        # A finite column stays: a second derivative may need it.
-        counted = ~weightless if keep is None else keep & ~weightless
-        used = jnp.any(counted, axis=0) | jnp.all(jnp.isfinite(chunk["kernel"]), axis=0)
-    if used is not None:
-        # A column that no row counts may hold NaN, which a product with 0 would let through.
-        chunk["kernel"] = jnp.where(used[None], chunk["kernel"], 0)
-    logits, kernel = chunk_logits(operands.features, chunk["kernel"], chunk["bias"])
+    kernel, added = chunk["kernel"], [] if chunk["bias"] is None else [chunk["bias"]]
+    if keep is not None or weightless is not None:
+        kernel, mark = without_nan(kernel)
+        added.append(mark)
+    kernel = kernel.astype(operands.features.dtype)
+    logits = matmul(operands.features, kernel, 1, 0)
+    for each in added:
+        logits += each.astype(logits.dtype)[None]
     if operands.positives is None:
         labels = chunk["labels"]
     else:
-        labels = multi_hot_of_chunk(operands.positives, offset + start, size)
+        labels = ones_at(operands.positives, size, jnp.uint8, offset + start)
     elements = {"logits": logits, "labels": labels.astype(logits.dtype)}
     # Unlike `broadcast_to`, sums vary over the same axes of a mesh as the logits.
     zeros = jnp.zeros_like(logits)
@@ -167,21 +158,25 @@ def chunk_pass(
             labels = labels * (1 - a) + a / 2
         return loss(elements["logits"], labels, *elements.get("per_label", ()))
 
-    hidden = None
-    if weightless is not None and used is not None:
-        hidden = weightless & ~used[None]
-        for element in jax.tree.leaves(elements):
-            hidden |= weightless & ~jnp.isfinite(element)
+    if due is not None:
+        keep = due[None] if keep is None else keep & due[None]
+    masked = None if keep is None else ~keep
+    hidden, annihilated = masked, None
+    if weightless is not None:
+        annihilated = weightless & ~functools.reduce(
+            operator.and_, map(jnp.isfinite, jax.tree.leaves(elements))
+        )
         if loss.program:
-            defined = is_defined(smoothed_loss, replaced(elements, keep, hidden))
-            hidden |= weightless & ~defined
+            defined = is_defined(smoothed_loss, replaced(elements, masked))
+            annihilated |= weightless & ~defined
+        hidden = annihilated if masked is None else annihilated | masked
 
     def masked_loss(elements: Any) -> jax.Array:
         # Replaced before anything is computed of them, so that no NaN reaches a derivative.
-        losses = smoothed_loss(replaced(elements, keep, hidden))
-        if hidden is not None:
-            losses = jnp.where(hidden, jnp.inf, losses)  # `finite_rows` makes 0 of such a row
-        return losses if keep is None else jnp.where(keep, losses, 0)
+        losses = smoothed_loss(replaced(elements, hidden))
+        if annihilated is not None:
+            losses = jnp.where(annihilated, jnp.inf, losses)  # `finite_rows` makes 0 of such a row
+        return losses if masked is None else jnp.where(masked, 0, losses)
 
     # Also where no gradient is wanted: the rule of a loss for reverse mode alone is then applied,
     # and what is left has a derivative in forward mode.
@@ -193,9 +188,7 @@ def chunk_pass(
     # The scale, of which the slopes are a linear function, is not compared with 0: that would lose
     # what a second derivative needs where it is 0, and could not be transposed.
     (slopes,) = pullback(zeros + operands.scale[:, None])
-    if keep is not None:  # a loss of the user's may have no derivative at what replaces the masked
-        slopes = jax.tree.map(lambda slope: jnp.where(keep, slope, 0), slopes)
-    slope = slopes["logits"].astype(kernel.dtype)
+    slope = jax.lax.optimization_barrier(slopes["logits"].astype(kernel.dtype))
     gradients: Gradients = {
         "features": matmul(slope, kernel, 1, 1),
         "kernel": matmul(operands.features, slope, 0, 0),

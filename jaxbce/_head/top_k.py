@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxbce import _checks, _placement
 from jaxbce._head import arguments
-from jaxbce._head.chunks import chunk_logits, columns
+from jaxbce._head.chunks import columns, matmul
 from jaxbce._head.mesh import Devices, OnMesh
 
 Candidates = tuple[jax.Array, jax.Array]  # logits of each row and their labels
@@ -115,10 +115,10 @@ def top_k_pass(
     first = num_labels - whole * chunk_size
 
     def best_of(start: jax.Array | int, size: int) -> Candidates:
-        part = columns(kernel, start, size)
-        logits, _ = chunk_logits(
-            features, part, None if bias is None else columns(bias, start, size)
-        )
+        part = columns(kernel, start, size).astype(features.dtype)
+        logits = matmul(features, part, 1, 0)
+        if bias is not None:
+            logits += columns(bias, start, size).astype(logits.dtype)[None]
         values, ids = jax.lax.top_k(logits, k)
         return values, ids + start
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxbce import _checks, _placement
+from jaxbce import _checks, _math, _placement
 
 
 def multi_hot(
@@ -52,15 +52,33 @@ def multi_hot(
     return _multi_hot_of(positives, name=name, num_labels=num_labels, dtype=jnp.dtype(dtype))
 
 
-def scatter_ones(ids: jax.Array, num_labels: int, dtype: DTypeLike) -> jax.Array:
-    """[..., L] with 1 at `ids`, which lie in [0, L]; those equal to L are dropped."""
+def ones_at(
+    ids: jax.Array, num_labels: int, dtype: DTypeLike, first: jax.Array | int = 0
+) -> jax.Array:
+    """[..., num_labels], with 1 for the labels from `first` on that are among the ids of their row.
 
-    def row(ids: jax.Array) -> jax.Array:
-        return jnp.zeros(num_labels, dtype).at[ids].set(jnp.ones((), dtype), mode="drop")
+    An accelerator compares ids and labels inside the loop that reads the result, which then never
+    exists; on a CPU a scatter is faster.
+    """
 
-    for _ in ids.shape[:-1]:
-        row = jax.vmap(row)
-    return row(ids)
+    def compared(ids: jax.Array, first: jax.Array) -> jax.Array:
+        labels = first + jnp.arange(num_labels, dtype=ids.dtype)
+        labels = jnp.expand_dims(labels, range(ids.ndim))
+        return jnp.any(ids[..., None] == labels, axis=-2).astype(dtype)
+
+    def scattered(ids: jax.Array, first: jax.Array) -> jax.Array:
+        # One past the end is dropped; a negative index would wrap around even so.
+        local = jnp.where(ids < first, num_labels, ids - first)
+
+        def row(local: jax.Array) -> jax.Array:
+            return jnp.zeros(num_labels, dtype).at[local].set(jnp.ones((), dtype), mode="drop")
+
+        return _math.over(row, ids.ndim - 1)(local)
+
+    ones: jax.Array = jax.lax.platform_dependent(
+        ids, jnp.asarray(first, ids.dtype), cpu=scattered, default=compared
+    )
+    return ones
 
 
 def labels_of(
@@ -73,7 +91,7 @@ def labels_of(
     ids = _checks.positives(name, positives, shape[-1], rows_of=("logits", shape), keep=rows)
     # One byte each: XLA reads it in the loop of the loss and keeps no wider copy. On a CPU some of
     # its versions scatter bfloat16 as float32.
-    return scatter_ones(ids, shape[-1], jnp.uint8)
+    return ones_at(ids, shape[-1], jnp.uint8)
 
 
 def by_row(array: Any, **_: Any) -> PartitionSpec:
@@ -84,7 +102,7 @@ def by_row(array: Any, **_: Any) -> PartitionSpec:
 @_placement.compiled("name", "num_labels", "dtype", result=by_row)
 def _multi_hot_of(positives: Any, *, name: str, num_labels: int, dtype: jnp.dtype) -> jax.Array:
     ids = _checks.positives(name, positives, num_labels)
-    return scatter_ones(ids, num_labels, dtype)
+    return ones_at(ids, num_labels, dtype)
 
 
 def positives_from_multi_hot(labels: ArrayLike, max_positives: int | None = None) -> jax.Array:

@@ -5,7 +5,7 @@
     python tests/mutants.py _math --list          # what would be changed, without running it
 
 A mutant is a copy of the package with one operator, comparison, constant or order of arguments
-changed in the syntax tree. Each runs the tests of its module that a default run has, in a fresh
+changed in the syntax tree. Each runs the tests of its module, also the thorough ones, in a fresh
 process, until the first failure. The rules of `left_out` say what cannot change a result. Any other
 mutant that survives is a gap in the tests, or changes nothing that can be seen: a person judges.
 """
@@ -36,10 +36,10 @@ TESTS = {
     "_checks": "checks labels losses",
     "_placement": "placement",
     "_program": "own_losses linear_loss update",
-    "_reduce": "linear_loss losses placement linear",
+    "_reduce": "linear_loss losses linear",
     "_debug": "checks",
     "_functions": "functions accuracy",
-    "_labels": "labels placement",
+    "_labels": "labels",
     "_loss": "own_losses losses checks",
     "_losses": "accuracy focal losses module float64",
     "_head": "linear linear_loss own_losses second_order update sharding",
@@ -115,7 +115,7 @@ def survives(mutant: tuple[str, str], *options: str) -> tuple[str, bool]:
         pathlib.Path(folder, FILES[module]).write_text(source)
         sys.path.insert(0, folder)
         tests = [str(ROOT / f"tests/test_{name}.py") for name in names]
-        code = pytest.main(["-x", "-n0", "-p", "no:cacheprovider", *options, *tests])
+        code = pytest.main(["-x", "-n0", "-m", "", "-p", "no:cacheprovider", *options, *tests])
     # A failed test, or an import that the mutant breaks; all else would be a fault of this script.
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
         raise RuntimeError(f"pytest ended with {code} at {title}")

@@ -39,7 +39,7 @@ TESTS = {
     "_reduce": "linear_loss losses linear",
     "_debug": "checks",
     "_functions": "functions accuracy",
-    "_labels": "labels",
+    "_labels": "labels placement",
     "_loss": "own_losses losses checks",
     "_losses": "accuracy focal losses module float64",
     "_head": "linear linear_loss own_losses second_order update sharding",

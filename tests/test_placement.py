@@ -256,6 +256,19 @@ def test_a_loss_of_each_element_is_sharded_as_its_logits(loss, spec):
         assert jax.typeof(got).sharding.spec == Spec(*spec)
 
 
+@pytest.mark.parametrize("call", ["multi_hot", "positives_from_multi_hot"])
+def test_labels_are_sharded_by_row_as_what_they_are_made_of(call):
+    """Each row is whole: none of its labels is on another device."""
+    made = {
+        "multi_hot": functools.partial(jaxbce.multi_hot, num_labels=LABELS),
+        "positives_from_multi_hot": functools.partial(
+            jaxbce.positives_from_multi_hot, max_positives=4
+        ),
+    }[call]
+    rows = put(np.ones((ROWS, 4), np.int32), ("data", None), "sharded", mesh_of("explicit"))
+    assert jax.typeof(jax.jit(made)(rows)).sharding.spec == Spec("data", None)
+
+
 # --- in the shards of jax.shard_map --------------------------------------------------------------
 
 

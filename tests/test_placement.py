@@ -61,12 +61,13 @@ def by_elements(name):
     """The call of a loss of the matrix, with what it requires."""
     fn, loss = getattr(jaxbce, name), FIRST[name]
     score_name = next(iter(inspect.signature(fn).parameters))
-    scores, labels = loss.draw(RNG, (ROWS, LABELS))
-    arguments = {score_name: scores, "labels": labels} | {
-        own: np.float32(value) for own, value in loss.required(RNG, (ROWS, LABELS)).items()
+    scores, _ = loss.draw(RNG, (ROWS, LABELS))
+    required = {
+        own: (np.float32(value), ("data", "model")[2 - value.ndim :])
+        for own, value in loss.required(RNG, (ROWS, LABELS)).items()
     }
-    specs = {n: (value, ("data", "model")[2 - value.ndim :]) for n, value in arguments.items()}
-    return fn, specs | given(LOGITS, "weight", "where")
+    arguments = {score_name: (scores, ("data", "model"))} | given(LOGITS, "labels")
+    return fn, arguments | required | given(LOGITS, "weight", "where")
 
 
 # What each function is called with, and how each argument is sharded where it is.

@@ -2,10 +2,11 @@
 
 Each contender is a function of (logits, labels, options) that returns the mean over kept elements.
 `options` holds any of pos_weight [labels], weight [batch, 1] and where ([batch, labels] or
-[batch, 1]). A contender without an option of that name gets the line a user would write for it; the
-focal and the asymmetric loss take no pos_weight.
+[batch, 1]), and what a loss requires, [labels]. A contender without an option of that name gets the
+line a user would write for it; some of our losses take no pos_weight.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -43,12 +44,30 @@ def jaxbce_axis(logits: Any, labels: Any, options: Options) -> jax.Array:
     return jaxbce.bce_with_logits(logits, labels, axis=-1, **options).sum()
 
 
-def focal_mean(logits: Any, labels: Any, options: Options) -> jax.Array:
-    return jaxbce.focal_loss(logits, labels, **options)
+def parameters(loss: Callable[..., jax.Array]) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(loss).parameters)
 
 
-def asymmetric_mean(logits: Any, labels: Any, options: Options) -> jax.Array:
-    return jaxbce.asymmetric_loss(logits, labels, **options)
+# Our losses of logits and labels but `bce_with_logits`, by their public names without "_loss".
+LOSSES = {
+    name.removesuffix("_loss"): loss
+    for name, loss in ((name, getattr(jaxbce, name)) for name in jaxbce.__all__)
+    if list(parameters(loss))[:2] == ["logits", "labels"]
+    and "reduction" in parameters(loss)
+    and loss is not jaxbce.bce_with_logits
+}
+WITHOUT_POS_WEIGHT = {"optax focal"} | {
+    name for name, loss in LOSSES.items() if "pos_weight" not in parameters(loss)
+}
+# What a call needs beside logits and labels.
+REQUIRED = {
+    name: [own for own, each in list(parameters(loss).items())[2:] if each.default is each.empty]
+    for name, loss in LOSSES.items()
+}
+
+
+def mean_of(loss: Callable[..., jax.Array]) -> Contender:
+    return lambda logits, labels, options: loss(logits, labels, **options)
 
 
 def optax_mean(logits: Any, labels: Any, options: Options) -> jax.Array:

@@ -31,7 +31,10 @@ CASES = {
 }
 LOSSES = {
     "bce": {"jaxbce": contenders.jaxbce_mean, "optax": contenders.optax_mean},
-    "focal": {"jaxbce": contenders.focal_mean, "optax": contenders.optax_focal_mean},
+    "focal": {
+        "jaxbce": contenders.mean_of(jaxbce.focal_loss),
+        "optax": contenders.optax_focal_mean,
+    },
 }
 
 

@@ -144,9 +144,21 @@ class Loss:
         given = zip(self.parameters, arguments[2:], strict=False)
         return {own: a.default for own, a in given if a.default is not inspect.Parameter.empty}
 
-    def mapped(self, ndim: int, given: tuple[str, ...]) -> Callable[..., jax.Array]:
+    def left_out(self, name: str, given: tuple[str, ...]) -> dict[str, Any]:
+        """The parameters that are not given, with their defaults."""
+        defaults = self.defaults(name)
+        if missing := [own for own in self.parameters if own not in {*given, *defaults}]:
+            raise TypeError(
+                f"{name}: {missing[0]} is a required parameter of this loss, got none; pass "
+                f"{missing[0]}=..., or give it a default in the function"
+            )
+        return {own: defaults[own] for own in self.parameters if own not in given}
+
+    def mapped(
+        self, ndim: int, given: tuple[str, ...], name: str = "Loss"
+    ) -> Callable[..., jax.Array]:
         """The loss of arrays of `ndim` axes: logits, labels and the parameters that are `given`."""
-        missing = self.defaults("Loss") if given != self.parameters else {}
+        missing = self.left_out(name, given)
 
         def scalar(x: jax.Array, y: jax.Array, *arrays: jax.Array) -> jax.Array:
             values = missing | dict(zip(given, arrays, strict=True))
@@ -158,14 +170,8 @@ class Loss:
         self, name: str, given: tuple[str, ...], *arrays: Any
     ) -> tuple[_program.Equation, ...]:
         """What fn does now to `arrays`; an error where it is no loss, or lacks a parameter."""
-        defaults = self.defaults(name)
-        if missing := [own for own in self.parameters if own not in {*given, *defaults}]:
-            raise TypeError(
-                f"{name}: {missing[0]} is a required parameter of this loss, got none; pass "
-                f"{missing[0]}=..., or give it a default in the function"
-            )
         number = jax.ShapeDtypeStruct((), _math.accumulator(*arrays))
-        scalar = self.mapped(0, given)
+        scalar = self.mapped(0, given, name)
         remedy = "name it in parameters, and pass it in the call"
         return _program.of_loss(name, scalar, [number] * (2 + len(given)), remedy)
 
@@ -313,7 +319,7 @@ def evaluate_arrays(
     def smoothed(y: jax.Array) -> jax.Array:
         return y if a is None else y * (1 - a) + a * 0.5
 
-    mapped = loss.mapped(x.ndim, given)
+    mapped = loss.mapped(x.ndim, given, name)
     if program and weight is not None:
         size = jnp.where(is_defined(mapped, x, smoothed(y), *extras), size, jnp.nan)
     keep = _reduce.kept(size, weight, where)

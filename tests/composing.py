@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from heads import head
-from losses import LOSSES, reduced
+from losses import LOSSES, bce_with_logits, reduced, with_margin
 
 import jaxbce
 import jaxbce.nnx
 
 ROWS, WIDTH, POSITIVES, LABELS = 3, 2, 4, 7  # four different numbers: a size tells its axis
-softplus, sigmoid = jax.nn.softplus, jax.nn.sigmoid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,33 +32,6 @@ class Case:
 # --- in plain jnp --------------------------------------------------------------------------------
 
 
-def bce_with_logits(x, y, q=1.0):
-    return (1 - y) * softplus(x) + q * y * softplus(-x)
-
-
-def bce(p, y):
-    return -y * jnp.log(p) - (1 - y) * jnp.log1p(-p)
-
-
-def focal(x, y, gamma, alpha=None):
-    p = sigmoid(x)
-    balance = 1.0 if alpha is None else y * alpha + (1 - y) * (1 - alpha)
-    return balance * (y * (1 - p) + (1 - y) * p) ** gamma * bce_with_logits(x, y)
-
-
-def asymmetric(x, y, gamma_neg, gamma_pos, clip):
-    m = jnp.maximum(sigmoid(x) - clip, 0)
-    return y * sigmoid(-x) ** gamma_pos * softplus(-x) - (1 - y) * m**gamma_neg * jnp.log1p(-m)
-
-
-FORMULAS = {  # by the name of the oracle
-    "bce_with_logits": bce_with_logits,
-    "bce": bce,
-    "focal": focal,
-    "asymmetric": asymmetric,
-}
-
-
 def smoothed(labels, label_smoothing):
     return labels * (1 - label_smoothing) + label_smoothing / 2
 
@@ -69,8 +41,8 @@ def dense_elementwise(formula, arguments, reduction):
     x, y = given.pop("scores"), given.pop("labels")
     where, weight = given.pop("where", None), given.pop("weight", 1.0)
     y = smoothed(y.astype(x.dtype), given.pop("label_smoothing", 0.0))
-    extras = [jnp.broadcast_to(extra, x.shape) for extra in given.values()]
-    loss = formula(x, y, *extras) * jnp.broadcast_to(weight, x.shape)
+    extras = {name: jnp.broadcast_to(extra, x.shape) for name, extra in given.items()}
+    loss = formula(x, y, **extras) * jnp.broadcast_to(weight, x.shape)
     loss = loss if where is None else jnp.where(where, loss, 0)
     return reduced(loss, weight, where, reduction=reduction)
 
@@ -120,9 +92,6 @@ def in_float32(drawn):
 
 def elementwise(loss, reduction):
     """A case of an entry of `LOSSES`, with every option that it takes."""
-    oracle = loss.oracle
-    formula = FORMULAS[getattr(oracle, "func", oracle).__name__]
-    formula = functools.partial(formula, **getattr(oracle, "keywords", {}))
 
     def draw(rng, rows=ROWS, labels=LABELS):
         scores, hard = loss.draw(rng, (rows, labels))
@@ -130,6 +99,7 @@ def elementwise(loss, reduction):
             "scores": np.clip(scores, -4, 4),
             "labels": rng.uniform(0.1, 0.9, hard.shape) if loss.dense else hard.astype(np.int32),
             "weight": rng.uniform(0.5, 2, (rows, 1)),
+            **loss.required(rng, (rows, labels)),
         }
         if loss.pos_weight:
             drawn["pos_weight"] = rng.uniform(0.5, 2, labels)
@@ -141,7 +111,7 @@ def elementwise(loss, reduction):
         given = dict(arguments)
         return loss.call(given.pop("scores"), given.pop("labels"), reduction=reduction, **given)
 
-    dense = functools.partial(dense_elementwise, formula, reduction=reduction)
+    dense = functools.partial(dense_elementwise, loss.formula, reduction=reduction)
     name = f"{loss.name}-{reduction}"
     return Case(name, ours, dense, draw, ("scores", "labels" if loss.dense else "weight"))
 
@@ -181,10 +151,6 @@ def linear(name, names, reduction="mean", chunk_size=4):
 
     dense = functools.partial(dense_head, reduction=reduction)
     return Case(f"head-{name}-{reduction}", ours, dense, draw_of(*names), LAYER)
-
-
-def with_margin(x, y, margin):
-    return bce_with_logits(x - y * margin, y)
 
 
 def own_loss(arguments, *, reduction="none", chunk_size=4, **devices):

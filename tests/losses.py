@@ -1,9 +1,14 @@
-"""The matrix: every elementwise loss, with its oracle; a new one joins by an entry in `LOSSES`."""
+"""The matrix: every elementwise loss, with its formula and its oracle.
+
+A new one joins by an entry in `LOSSES`: every test of all losses finds it there.
+"""
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -11,12 +16,17 @@ import pytest
 
 import jaxbce
 
+softplus, sigmoid = jax.nn.softplus, jax.nn.sigmoid
+
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    name: str
-    call: Callable  # (scores, labels, *, weight, where, reduction) -> loss
-    oracle: Callable  # (scores, labels) -> (loss, derivative), in float64
+    name: str  # the public name, and behind a "-" what tells its entries apart
+    fn: Callable  # (scores, labels, *, weight, where, reduction) -> loss
+    truth: Callable  # (scores, labels) -> (loss, derivative), in float64
+    formula: Callable  # (scores, labels) -> loss, in plain jnp, which JAX differentiates by itself
+    # (generator, shape of the scores) -> what the three need beside scores and labels, by name
+    required: Callable = lambda rng, shape: {}
     probs: bool = False  # scores are probabilities
     forward: bool = False  # also differentiable in forward mode
     pos_weight: bool = False  # takes one
@@ -26,6 +36,23 @@ class Loss:
     limits: tuple = ((np.inf, 1), (np.inf, -1))
     dense: bool = True  # takes dense labels, which may be soft and have a gradient
     own_kernel: bool = True  # not one that is in the matrix under another name
+    logarithm: bool = False  # takes one of something else than of 1 + an exponential
+
+    @property
+    def public_name(self):
+        return self.name.split("-")[0]
+
+    @functools.cached_property
+    def numbers(self):
+        """What it requires as one number each, which serves scores of any shape."""
+        drawn = self.required(np.random.default_rng(0), ())
+        return {name: float(np.float32(value)) for name, value in drawn.items()}
+
+    def call(self, *args, **options):
+        return self.fn(*args, **(self.numbers | options))
+
+    def oracle(self, *args):
+        return self.truth(*args, **self.numbers)
 
     def unreduced(self, *args, **kwargs):
         return self.call(*args, reduction="none", **kwargs)
@@ -75,29 +102,12 @@ def reduced_by_hand(fn):
     return call
 
 
-def focal(gamma, alpha=None, **fields):
-    options = {"gamma": gamma, "alpha": alpha}
-    return Loss(
-        f"focal_loss-{gamma}-{alpha}",
-        functools.partial(jaxbce.focal_loss, **options),
-        functools.partial(oracle.focal, **options),
-        **fields,
-    )
-
-
-def asymmetric(gamma_neg=4.0, gamma_pos=1.0, clip=0.05, **fields):
-    options = {"gamma_neg": gamma_neg, "gamma_pos": gamma_pos, "clip": clip}
-    return Loss(
-        f"asymmetric_loss-{gamma_neg}-{gamma_pos}-{clip}",
-        functools.partial(jaxbce.asymmetric_loss, **options),
-        functools.partial(oracle.asymmetric, **options),
-        symmetric=False,
-        **fields,
-    )
-
-
 def of_one_logit(logit, label, pos_weight=1.0):
     return jaxbce.sigmoid_binary_cross_entropy(logit, label, pos_weight=pos_weight)
+
+
+def of_one_logit_with_margin(logit, label, margin):
+    return jaxbce.sigmoid_binary_cross_entropy(logit - label * margin, label)
 
 
 def from_positives(scores, labels, *, reduction="mean", **options):
@@ -109,17 +119,51 @@ def from_positives(scores, labels, *, reduction="mean", **options):
     return loss.reshape(jnp.shape(scores)) if reduction == "none" else loss
 
 
+# --- formulas, in plain jnp ----------------------------------------------------------------------
+
+
+def bce_with_logits(x, y, pos_weight=1.0):
+    return (1 - y) * softplus(x) + pos_weight * y * softplus(-x)
+
+
+def bce(p, y):
+    return -y * jnp.log(p) - (1 - y) * jnp.log1p(-p)
+
+
+def focal(x, y, gamma, alpha=None):
+    p = sigmoid(x)
+    balance = 1.0 if alpha is None else y * alpha + (1 - y) * (1 - alpha)
+    return balance * (y * (1 - p) + (1 - y) * p) ** gamma * bce_with_logits(x, y)
+
+
+def asymmetric(x, y, gamma_neg=4.0, gamma_pos=1.0, clip=0.05):
+    m = jnp.maximum(sigmoid(x) - clip, 0)
+    return y * sigmoid(-x) ** gamma_pos * softplus(-x) - (1 - y) * m**gamma_neg * jnp.log1p(-m)
+
+
+def with_margin(x, y, margin, of=bce_with_logits):
+    return of(x - y * margin, y)
+
+
+def with_options(*functions, **options):
+    return [functools.partial(fn, **options) for fn in functions]
+
+
+# --- the matrix ----------------------------------------------------------------------------------
+
 LOSSES = [
     Loss(
         "bce_with_logits",
         jaxbce.bce_with_logits,
         oracle.bce_with_logits,
+        bce_with_logits,
         pos_weight=True,
     ),
     Loss(
         "bce_with_logits-forward_mode",
         functools.partial(jaxbce.bce_with_logits, forward_mode=True),
         oracle.bce_with_logits,
+        bce_with_logits,
         forward=True,
         pos_weight=True,
     ),
@@ -127,6 +171,7 @@ LOSSES = [
         "bce_with_logits-pos_weight",
         functools.partial(jaxbce.bce_with_logits, pos_weight=3.5),
         functools.partial(oracle.bce_with_logits, q=3.5),
+        functools.partial(bce_with_logits, pos_weight=3.5),
         symmetric=False,
         limits=((np.inf, 1), (np.inf, -3.5)),
     ),
@@ -134,6 +179,7 @@ LOSSES = [
         "BCEWithLogitsLoss",
         configured,
         oracle.bce_with_logits,
+        bce_with_logits,
         pos_weight=True,
         smoothing=False,
         own_kernel=False,
@@ -142,6 +188,7 @@ LOSSES = [
         "Loss",
         jaxbce.Loss(of_one_logit, ("pos_weight",)),
         oracle.bce_with_logits,
+        bce_with_logits,
         pos_weight=True,
         own_kernel=False,
     ),
@@ -149,6 +196,7 @@ LOSSES = [
         "sigmoid_binary_cross_entropy",
         reduced_by_hand(jaxbce.sigmoid_binary_cross_entropy),
         oracle.bce_with_logits,
+        bce_with_logits,
         pos_weight=True,
         own_kernel=False,
     ),
@@ -156,12 +204,19 @@ LOSSES = [
         "sparse_bce_with_logits",
         from_positives,
         oracle.bce_with_logits,
+        bce_with_logits,
         dense=False,
         own_kernel=False,
         pos_weight=True,
     ),
-    Loss("bce", jaxbce.bce, oracle.bce, probs=True),
-    focal(gamma=0.5, alpha=0.25, symmetric=False, limits=((np.inf, 0.75), (np.inf, -0.25))),
+    Loss("bce", jaxbce.bce, oracle.bce, bce, probs=True, logarithm=True),
+    Loss(
+        "focal_loss-0.5-0.25",
+        *with_options(jaxbce.focal_loss, oracle.focal, focal, gamma=0.5, alpha=0.25),
+        symmetric=False,
+        limits=((np.inf, 0.75), (np.inf, -0.25)),
+        logarithm=True,
+    ),
     Loss(
         "sigmoid_focal_loss-array of 1.5",
         reduced_by_hand(
@@ -169,10 +224,39 @@ LOSSES = [
                 *args, gamma=jnp.float32(1.5), **options
             )
         ),
-        functools.partial(oracle.focal, gamma=1.5),
+        *with_options(oracle.focal, focal, gamma=1.5),
         smoothing=False,
+        logarithm=True,
     ),
-    asymmetric(limits=((-(0.95**4) * np.log(0.05), 0), (np.inf, -1))),
+    Loss(
+        "asymmetric_loss",
+        jaxbce.asymmetric_loss,
+        oracle.asymmetric,
+        asymmetric,
+        symmetric=False,
+        limits=((-(0.95**4) * np.log(0.05), 0), (np.inf, -1)),
+        logarithm=True,
+    ),
+    Loss(
+        "Loss-margin",
+        jaxbce.Loss(of_one_logit_with_margin, ("margin",)),
+        functools.partial(with_margin, of=oracle.bce_with_logits),
+        with_margin,
+        required=lambda rng, shape: {"margin": rng.uniform(-1, 1, shape[-1:])},
+        symmetric=False,
+        own_kernel=False,
+    ),
+]
+
+# The first entry of each public name.
+FIRST = {loss.public_name: loss for loss in reversed(LOSSES)}
+# The functions of a score and a label for each element, found by their arguments.
+FUNCTIONS = [
+    name
+    for name in jaxbce.__all__
+    if inspect.isfunction(getattr(jaxbce, name))
+    and list(inspect.signature(getattr(jaxbce, name)).parameters)[:2]
+    in (["logits", "labels"], ["logits", "positives"], ["probs", "labels"])
 ]
 
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from losses import dense_losses
+from losses import FIRST, FUNCTIONS, LOSSES, dense_losses
 
 import jaxbce
 import jaxbce.nnx
@@ -109,16 +109,17 @@ def test_label_smoothing_goes_toward_one_half(a, traced, rng):
 FEATURES = np.ones((4, 2), np.float32)
 KERNEL = np.ones((2, 3), np.float32)
 
+
+def of_scores(name):
+    """The call of a loss of the matrix, of its scores."""
+    fn = getattr(jaxbce, name)
+    argument = next(iter(inspect.signature(fn).parameters))
+    return argument, X, lambda v: fn(v, X, **FIRST[name].numbers)
+
+
 # Every function, of the one argument that a test replaces.
-CALLS = {
+CALLS = {name: of_scores(name) for name in FUNCTIONS} | {
     "bce_with_logits": ("labels", X, lambda v: jaxbce.bce_with_logits(X, v)),
-    "sigmoid_binary_cross_entropy": (
-        "logits",
-        X,
-        lambda v: jaxbce.sigmoid_binary_cross_entropy(v, X),
-    ),
-    "bce": ("probs", X, lambda v: jaxbce.bce(v, X)),
-    "focal_loss": ("logits", X, lambda v: jaxbce.focal_loss(v, X)),
     "sigmoid_focal_loss": ("gamma", X, lambda v: jaxbce.sigmoid_focal_loss(X, X, gamma=v)),
     "softplus": ("x", X, jaxbce.softplus),
     "log_sigmoid": ("x", X, jaxbce.log_sigmoid),
@@ -217,6 +218,23 @@ def test_what_is_required(call, argument):
         call()
 
 
+@pytest.mark.parametrize(
+    ("loss", "parameter"),
+    [(loss, parameter) for loss in LOSSES for parameter in loss.numbers],
+    ids=lambda each: each if isinstance(each, str) else each.name,
+)
+def test_what_a_loss_requires(loss, parameter):
+    def call(value):
+        return loss.call(X, X, **{parameter: value})
+
+    with pytest.raises(TypeError, match=f"{parameter} is a required parameter of this loss"):
+        call(None)
+    with pytest.raises(TypeError, match=f"{parameter} must be an array or a number, got list"):
+        call([0.0])
+    with pytest.raises(ValueError, match=rf"{parameter} of .*\(4,\).*{parameter}\[:, None\]"):
+        call(X[:, 0])
+
+
 @every_call
 def test_a_parameter_is_its_array(argument, value, call):
     assert jax.tree.all(jax.tree.map(np.array_equal, call(Parameter(value)), call(value)))
@@ -236,6 +254,11 @@ def module():
 
 # Calls with numbers in place of arrays, of Python (n = float) and of NumPy, and in chunks.
 WITH_NUMBERS = {
+    name: lambda n, loss=loss: loss.call(
+        n(0.5), 1, weight=n(2), **({"label_smoothing": n(0.1)} if loss.smoothing else {})
+    )
+    for name, loss in FIRST.items()
+} | {
     "bce_with_logits, options": lambda n: jaxbce.bce_with_logits(
         X, X, weight=n(2), pos_weight=n(3), label_smoothing=n(0.1), where=True
     ),
@@ -245,10 +268,8 @@ WITH_NUMBERS = {
         n(1), 1, weight=n(2), forward_mode=True
     ),
     "BCEWithLogitsLoss": lambda n: jaxbce.BCEWithLogitsLoss(n(2), n(3))(X, X, where=np.True_),
-    "bce": lambda n: jaxbce.bce(n(0.5), 1, weight=n(2), label_smoothing=n(0.1)),
     "focal_loss": lambda n: jaxbce.focal_loss(X, X, alpha=n(0.3), weight=n(2)),
     "sigmoid_focal_loss": lambda n: jaxbce.sigmoid_focal_loss(X, X, alpha=n(0.3), gamma=n(1.5)),
-    "asymmetric_loss": lambda n: jaxbce.asymmetric_loss(n(1), 0, weight=n(2)),
     "sparse_bce_with_logits": lambda n: jaxbce.sparse_bce_with_logits(
         X, IDS, weight=n(2), pos_weight=2, label_smoothing=n(0.1), where=True
     ),

@@ -11,11 +11,12 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import contenders
 import pytest
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 CASES = ["plain", "pos_weight", "weight", "where", "where per row"]
-LOSSES = ["jaxbce", "focal", "asymmetric"]
+LOSSES = ["jaxbce", *contenders.LOSSES]
 VARIANTS = ["jaxbce, weighted_mean", "jaxbce, axis"]
 SMALL, LARGE, WIDE = (8192, 1024), (16384, 1024), (256, 131072)
 # target, contenders, dtypes of logits and labels, cases, shape: each is a run of the benchmark.
@@ -38,10 +39,10 @@ INSTALLED = [
 ]
 ROWS = [
     (target, contender, logits, labels, case)
-    for target, contenders, logits, labels, cases, _ in INSTALLED
-    for contender in contenders
+    for target, names, logits, labels, cases, _ in INSTALLED
+    for contender in names
     for case in cases
-    if contender == "jaxbce" or case != "pos_weight"
+    if case != "pos_weight" or contender not in contenders.WITHOUT_POS_WEIGHT
 ]
 
 # The platform is chosen before jax is imported: each compiles in a fresh process.
@@ -59,9 +60,9 @@ def compiled(tmp_path_factory):
     """Rows by (target, contender, dtypes of logits and labels, case)."""
 
     def rows(run):
-        target, contenders, logits, labels, cases, shape = run
+        target, names, logits, labels, cases, shape = run
         output = tmp_path_factory.mktemp("compilers") / "rows.json"
-        options = ["--target", target, "--contenders", *contenders, "--cases", *cases]
+        options = ["--target", target, "--contenders", *names, "--cases", *cases]
         options += ["--dtypes", logits, "--labels", labels, "--shape", *map(str, shape)]
         options += ["--json", output]
         command = [sys.executable, BENCHMARKS / "compilers.py", *options]

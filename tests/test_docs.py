@@ -2,10 +2,13 @@
 
 import pathlib
 import re
+import runpy
 
 import jax
 import pytest
 from test_package import IMPORTS, public_objects
+
+import jaxbce
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -67,11 +70,21 @@ def test_every_python_block_is_found():
         assert page.read_text().count("```python") == len(blocks("python", page.read_text()))
 
 
+def reference():
+    """The page as mkdocs reads it."""
+    hook = runpy.run_path(str(ROOT / "docs/pages.py"))["on_page_markdown"]
+    return hook((ROOT / "docs/reference.md").read_text())
+
+
 def test_the_reference_has_every_public_name():
-    listed = re.findall(
-        r"^::: jaxbce\.(\S+)$", (ROOT / "docs/reference.md").read_text(), re.MULTILINE
-    )
+    listed = re.findall(r"^::: jaxbce\.(\S+)$", reference(), re.MULTILINE)
     assert sorted(listed) == sorted(name for name, _ in public_objects())
+
+
+def test_a_new_name_comes_into_the_reference_by_itself(monkeypatch):
+    monkeypatch.setattr(jaxbce, "__all__", ["a_loss", *jaxbce.__all__, "z_loss"])
+    section = reference().split("## Losses from logits and labels")[1].split("\n## ")[0]
+    assert {"::: jaxbce.a_loss", "::: jaxbce.z_loss"} <= set(section.splitlines())
 
 
 def test_the_picture_of_the_modules_is_true():

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from composing import LABELS, ROWS, WIDTH, dense_head, draw_head, own_loss, with_margin
+from composing import LABELS, ROWS, WIDTH, dense_head, draw_head, own_loss
 from heads import assert_close, head, value_and_gradients
+from losses import FIRST, with_margin
 from test_linear import in_float64, lowered
 
 import jaxbce
@@ -145,8 +146,7 @@ def of_jaxbce(fn, **options):
 
 LOSSES = {
     "bce": of_jaxbce(jaxbce.bce_with_logits, label_smoothing=0.1),
-    "focal": of_jaxbce(jaxbce.focal_loss, gamma=1.5, alpha=0.25),
-    "asymmetric": of_jaxbce(jaxbce.asymmetric_loss),
+    **{name: loss.unreduced for name, loss in FIRST.items() if loss.own_kernel and not loss.probs},
     "optax": optax.sigmoid_binary_cross_entropy,
     "optax focal": optax.sigmoid_focal_loss,
     "focus that is constant": of_jaxbce(jaxbce.asymmetric_loss, stop_focus_gradient=True),

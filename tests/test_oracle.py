@@ -1,9 +1,11 @@
 """The reference itself: float64 formulas against 50 digits and more."""
 
+import jax
 import mpmath
 import numpy as np
 import oracle
 import pytest
+from losses import distinct_losses
 
 mpmath.mp.dps = 50
 
@@ -68,6 +70,20 @@ def test_a_product_of_functions_matches_400_digits(reference, exact, options, x,
     got = reference(np.float64(x), np.float64(y), *options)
     # At x = -2.9 and clip = 0.05, p - clip has lost two digits and its fourth power a third.
     assert got == pytest.approx(expected, rel=1e-12, abs=0)
+
+
+@distinct_losses
+def test_an_oracle_is_its_formula(loss, rng):
+    """In float64, where nothing cancels: a slip is in one of the two."""
+    scores, labels = loss.draw(rng, (100,), np.float64)
+    scores = np.clip(scores, -4, 4)
+
+    def formula(score, label):
+        return loss.formula(score, label, **loss.numbers)
+
+    with jax.enable_x64(True):
+        expected = jax.vmap(jax.value_and_grad(formula))(scores, np.float64(labels))
+    np.testing.assert_allclose(loss.oracle(scores, np.float64(labels)), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from composing import LABELS, ROWS, dense_head, draw_head
 from heads import assert_close, value_and_gradients
 
 import jaxbce
+from jaxbce._loss import evaluate
 
 TAU = 0.5
 
@@ -278,6 +279,12 @@ BAD = {
 def test_errors(call, error, message):
     with pytest.raises(error, match=f"^Loss: .*{message}"):
         call()
+
+
+def test_a_public_function_names_what_its_loss_requires():
+    """One of the package hands None on where a user gave it None."""
+    with pytest.raises(TypeError, match=r"^a_loss: log_prior is a required"):
+        evaluate("a_loss", ADJUSTED, X, X, parameters={"log_prior": None})
 
 
 def test_errors_in_the_head():

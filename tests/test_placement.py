@@ -10,7 +10,7 @@ import pytest
 from heads import assert_close
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as Spec
-from losses import LOSSES
+from losses import FIRST, FUNCTIONS, LOSSES
 
 import jaxbce
 from jaxbce import _reduce
@@ -57,8 +57,21 @@ def given(arguments, *names):
     return {name: arguments[name] for name in names}
 
 
+def by_elements(name):
+    """The call of a loss of the matrix, with what it requires."""
+    fn, loss = getattr(jaxbce, name), FIRST[name]
+    score_name = next(iter(inspect.signature(fn).parameters))
+    scores, _ = loss.draw(RNG, (ROWS, LABELS))
+    required = {
+        own: (np.float32(value), ("data", "model")[2 - value.ndim :])
+        for own, value in loss.required(RNG, (ROWS, LABELS)).items()
+    }
+    arguments = {score_name: (scores, ("data", "model"))} | given(LOGITS, "labels")
+    return fn, arguments | required | given(LOGITS, "weight", "where")
+
+
 # What each function is called with, and how each argument is sharded where it is.
-CALLS = {
+CALLS = {name: by_elements(name) for name in FUNCTIONS if FIRST[name].own_kernel} | {
     "bce_with_logits": (jaxbce.bce_with_logits, LOGITS),
     "bce_with_logits, none": (
         functools.partial(jaxbce.bce_with_logits, reduction="none"),
@@ -68,11 +81,6 @@ CALLS = {
         functools.partial(jaxbce.bce_with_logits, axis=0, reduction="weighted_mean"),
         given(LOGITS, "logits", "labels", "weight", "where"),
     ),
-    "focal_loss": (
-        jaxbce.focal_loss,
-        given(LOGITS, "logits", "labels", "weight", "where"),
-    ),
-    "asymmetric_loss": (jaxbce.asymmetric_loss, given(LOGITS, "logits", "labels", "where")),
     "sparse_bce_with_logits": (
         jaxbce.sparse_bce_with_logits,
         given(LOGITS, "logits", "where") | given(HEAD, "positives"),
@@ -347,7 +355,7 @@ def test_pairs_in_shards():
 
 # --- sizes ---------------------------------------------------------------------------------------
 
-BATCHED = {"logits", "labels", "weight", "where", "features", "positives"}
+BATCHED = {"logits", "probs", "labels", "weight", "where", "features", "positives"}
 BATCHED |= {"image_embeddings", "text_embeddings"}
 HUGE = jax.ShapeDtypeStruct((2**18, 2**17), jnp.bfloat16)  # 2^35 elements
 HUGE_MASKS = {"none": None, "full": HUGE.shape, "rows": (2**18, 1), "labels": (2**17,)}

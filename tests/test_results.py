@@ -4,12 +4,13 @@ import json
 import pathlib
 import re
 
+import contenders
 import pytest
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 RESULTS = {path.stem: json.loads(path.read_text()) for path in BENCHMARKS.glob("results/*.json")}
 SECTIONS = (BENCHMARKS / "README.md").read_text().split("\n## ")[1:]
-OURS = ("jaxbce", "focal", "asymmetric")
+OURS = ("jaxbce", *contenders.LOSSES)
 
 
 def records(made):

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from composing import LABELS, ROWS, asymmetric, bce_with_logits, dense_head, draw_head, focal
-from composing import with_margin as margin_loss
+from composing import LABELS, ROWS, dense_head, draw_head
 from heads import assert_close
+from losses import asymmetric, bce_with_logits, focal, with_margin
 
 import jaxbce
 
@@ -19,7 +19,7 @@ LAYER = ("features", "kernel", "bias")
 
 
 def margin(x, y, m):
-    return margin_loss(x, y, jnp.broadcast_to(m, x.shape))
+    return with_margin(x, y, jnp.broadcast_to(m, x.shape))
 
 
 LOSSES = {  # ours, the formula, and the argument [labels] that it takes

@@ -150,7 +150,7 @@ class Loss:
         if missing := [own for own in self.parameters if own not in {*given, *defaults}]:
             raise TypeError(
                 f"{name}: {missing[0]} is a required parameter of this loss, got none; pass "
-                f"{missing[0]}=..., or give it a default in the function"
+                f"{missing[0]}=... in the call"
             )
         return {own: defaults[own] for own in self.parameters if own not in given}
 

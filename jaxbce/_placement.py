@@ -27,10 +27,9 @@ def manual_axes() -> tuple[str, ...]:
 
 
 def _explicit_mesh(arrays: Any) -> AbstractMesh | None:
-    """The mesh with explicit axes that the types of the arrays, or the context, speak of."""
+    """The mesh with explicit axes that the types of the arrays speak of."""
     leaves = [leaf for leaf in jax.tree.leaves(arrays) if isinstance(leaf, jax.Array)]
-    meshes = [jax.typeof(array).sharding.mesh for array in leaves]
-    meshes.append(jax.sharding.get_abstract_mesh())
+    meshes = (jax.typeof(array).sharding.mesh for array in leaves)
     return next((mesh for mesh in meshes if _explicit_axes(mesh)), None)
 
 

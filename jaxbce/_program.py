@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh
 
 # Operations that only run another program, which is read too.
 CALLING = (
@@ -43,7 +44,7 @@ DROPPING = """
     argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum squeeze unstack
 """
 # Those that work along some axes, and treat each place on the others apart.
-ALONG = "cumlogsumexp cummax cummin cumprod cumsum rev sort"
+ALONG = "cumlogsumexp cummax cummin cumprod cumsum rev slice sort"
 # Those that JAX adds or leaves out for an axis of one element.
 SHAPING = "broadcast_in_dim reduce_sum reshape squeeze"
 # Those that change something outside of the program.
@@ -59,6 +60,12 @@ class Equation(NamedTuple):
     operands: tuple[tuple[int, ...], ...]  # their shapes
     results: tuple[tuple[int, ...], ...]
     callback: Any  # finds its numbers when it runs: another function is another program
+
+
+def trace(fn: Callable[..., Any], *arguments: Any) -> Any:
+    """The program of `fn`, the same on every mesh: the types of arrays tell nothing of one."""
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        return jax.make_jaxpr(fn)(*arguments)
 
 
 def of_loss(
@@ -82,7 +89,7 @@ def of_loss(
     def second(*arrays: jax.Array) -> Any:
         return _pull_back(by_all, *arrays)
 
-    traced = jax.make_jaxpr(value)(*arguments)
+    traced = trace(value, *arguments)
     shapes, expected = [result.shape for result in traced.out_avals], arguments[0].shape
     if shapes != [expected]:
         raise ValueError(
@@ -96,7 +103,7 @@ def of_loss(
     for derivative in (by_all, by_logits, second):
         # A loss may have no derivative, as one with a loop of unknown length.
         with contextlib.suppress(NotImplementedError, TypeError, ValueError):
-            programs.append(jax.make_jaxpr(derivative)(*arguments))
+            programs.append(trace(derivative, *arguments))
     who, if_traced = f"{name}: loss", f"of which it would lose the gradient; {remedy}"
     return tuple(equation for each in programs for equation in read(each, who, if_traced))
 
@@ -143,8 +150,15 @@ def what_mixes(one: Sequence[Equation], two: Sequence[Equation]) -> str | None:
     Otherwise the operation that is not known to do so; "" where the two do different things.
     """
     for pair in itertools.zip_longest(one, two):
-        if None in pair or pair[0][:2] != pair[1][:2]:
+        if None in pair or pair[0][0] != pair[1][0]:
             return ""
+        if pair[0].meaning != pair[1].meaning:
+            # An option may hold the number of labels.
+            return (
+                ""
+                if pair[0].primitive in (*ELEMENTWISE.split(), *SHAPING.split())
+                else pair[0].primitive
+            )
         if not _treats_apart(*pair):
             return str(pair[0].primitive)
     return None
@@ -220,6 +234,8 @@ def _equations(traced: Any, if_traced: str) -> Iterator[Equation]:
     def equation(
         primitive: str, operands: Sequence[Any], results: Sequence[Any], **options: Any
     ) -> Equation:
+        if primitive == "slice":
+            options = _part_that_is_taken(operands[0].aval.shape, results[0].aval.shape, options)
         axes = [
             options.get(key)
             for key in ("axes", "dimensions", "broadcast_dimensions", "permutation")
@@ -247,6 +263,17 @@ def _equations(traced: Any, if_traced: str) -> Iterator[Equation]:
         for program in inner:
             yield from _inner_equations(program, if_traced)
     yield equation("outputs", jaxpr.outvars, ())
+
+
+def _part_that_is_taken(
+    whole: tuple[int, ...], taken: tuple[int, ...], options: dict[str, Any]
+) -> dict[str, Any]:
+    """The options of a slice, of those axes alone of which it does not take all."""
+    axes = tuple(
+        axis for axis, sizes in enumerate(zip(whole, taken, strict=True)) if sizes[0] != sizes[1]
+    )
+    parts = {key: tuple(value[axis] for axis in axes) for key, value in options.items() if value}
+    return parts | {"axes": axes}
 
 
 @functools.lru_cache(maxsize=256)

@@ -66,10 +66,7 @@ def reduce_loss(
     # A divisor that depends on arrays comes before the sum. Dividing afterwards would cost another
     # pass over memory: it would be unknown when the gradient can be computed with the loss.
     if reduction == "weighted_mean" and weight is not None:
-        total = total_of(weight, where, loss.shape, counted_axes)
-        # Of a total brought to about 1, so that its square in the gradient leaves no float32.
-        scale = jax.lax.stop_gradient(inverse(total))
-        loss = loss * scale * inverse(total * scale)
+        loss = over_total(loss, total_of(weight, where, loss.shape, counted_axes))
     elif divided and where is not None:
         count = count_true(where, counted_axes, loss.dtype)
         loss = loss * inverse(count * repeats(where.shape, loss.shape, counted_axes, loss.dtype))
@@ -87,6 +84,12 @@ def inverse(total: jax.Array) -> jax.Array:
     nothing = total == 0
     one = jnp.ones_like(total)
     return jnp.where(nothing, 0, _math.quotient(one, jnp.where(nothing, one, total)))
+
+
+def over_total(values: jax.Array, total: jax.Array) -> jax.Array:
+    """values / total, or 0, for a total of any size: its gradient has the square of it."""
+    about_one = jax.lax.stop_gradient(inverse(total))
+    return values * about_one * inverse(total * about_one)
 
 
 def repeats(own: Any, shape: Any, axes: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -160,5 +163,5 @@ def row_scale(
         entries = jnp.any(kept.reshape(lead) != 0, axis=tuple(range(1, len(lead))))
         scale = scale * inverse(jnp.sum(entries, dtype=dtype))
     if reduction == "weighted_mean":
-        scale = scale * inverse(jnp.sum(own if kept is None else own * kept))
+        scale = over_total(scale, jnp.sum(own if kept is None else own * kept))
     return scale

@@ -173,6 +173,22 @@ def test_any_loss_is_that_of_the_logits(loss, rng):
     assert_close(value_and_gradients(ours, arguments), value_and_gradients(dense, arguments), 2e-6)
 
 
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_any_loss_is_welcome_on_explicit_axes(loss, rng):
+    """Also where arrays were made before `jax.set_mesh`, and in a gradient without `jax.jit`."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), (jax.sharding.AxisType.Explicit,) * 2)
+    drawn = draw_head(rng, names=("positives",))
+    layer = drawn.pop("features"), drawn.pop("kernel")
+
+    def total(kernel):
+        return jaxbce.linear_loss(loss, layer[0], kernel, **drawn, chunk_size=3)
+
+    expected = jax.value_and_grad(total)(layer[1])
+    with jax.set_mesh(mesh):
+        got = jax.value_and_grad(total)(layer[1])
+    assert_close(got, expected, 1e-6)
+
+
 @pytest.mark.parametrize("reduction", ["weighted_mean", "none"])
 def test_numbers_per_label_have_gradients(reduction, rng):
     names = ("bias", "weight", "margin", "positives")

@@ -345,19 +345,41 @@ def test_weighted_mean_has_the_gradient_of_its_divisor(shape, rng):
     chex.assert_trees_all_close(gradients(ours), gradients(by_hand), rtol=2e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20, 1e30], ids=str)
-def test_weighted_mean_of_weights_of_any_size(scale):
-    """The square of their sum, which its gradient has, would leave float32."""
-    x, y, weight = np.float32([1, 2]), np.float32([0, 0]), np.float32([1, 3])
+WEIGHTED_MEANS = {
+    "elementwise": lambda weight, **options: jaxbce.bce_with_logits(
+        np.float32([[1, 2]]), np.float32([[0, 0]]), weight=weight, **options
+    ),
+    "head": lambda weight, **options: jaxbce.linear_bce_with_logits(
+        np.eye(2, dtype=np.float32),
+        np.float32([[1], [2]]),
+        labels=np.zeros((2, 1)),
+        weight=weight,
+        **options,
+    ),
+}
 
-    def mean(weight):
-        return jaxbce.bce_with_logits(x, y, weight=weight, reduction="weighted_mean")
 
-    value_and_slope = jax.jit(jax.value_and_grad(mean))
-    value, slope = value_and_slope(weight * np.float32(scale))
-    expected = value_and_slope(weight)
-    np.testing.assert_allclose(value, expected[0], rtol=1e-6)
-    np.testing.assert_allclose(slope, expected[1] / np.float32(scale), rtol=1e-4)
+@pytest.mark.parametrize("mean", WEIGHTED_MEANS.values(), ids=WEIGHTED_MEANS)
+@pytest.mark.parametrize("where", [None, True], ids=["all", "masked"])
+def test_weighted_mean_of_weights_of_any_size(mean, where):
+    """The square of their sum, which its gradient has, would leave float32; so would the cube."""
+    weight = np.float32([1, 3])
+    where = None if where is None else np.ones((1, 1), bool)
+
+    @jax.jit
+    def derivatives(weight):
+        def total(weight):
+            return mean(weight, where=where, reduction="weighted_mean")
+
+        return *jax.value_and_grad(total)(weight), jax.hessian(total)(weight)
+
+    expected = derivatives(weight)
+    for scale in np.float32([1e-30, 1e-20, 1e-14, 1e12, 1e20, 1e30]):
+        value, slope, curvature = derivatives(weight * scale)
+        np.testing.assert_allclose(value, expected[0], rtol=1e-6)
+        np.testing.assert_allclose(slope, expected[1] / scale, rtol=1e-4)
+        if 1e-15 < scale < 1e15:
+            np.testing.assert_allclose(curvature, expected[2] / scale / scale, rtol=1e-4)
 
 
 @pytest.mark.parametrize("weight", [[0.0, 0.0], [1.0, -1.0]], ids=str)

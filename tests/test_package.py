@@ -28,11 +28,11 @@ IMPORTS = {
     "_debug": {"_checks"},
     "_reduce": {"_math"},
     "_functions": {"_checks", "_math", "_placement"},
-    "_labels": {"_checks", "_placement"},
+    "_labels": {"_checks", "_math", "_placement"},
     "_loss": {"_checks", "_labels", "_math", "_placement", "_program", "_reduce"},
     "_losses": {"_checks", "_loss", "_math", "_reduce"},
     "_head": {
-        *("_checks", "_loss", "_losses", "_math", "_placement", "_program", "_reduce"),
+        *("_checks", "_labels", "_loss", "_losses", "_math", "_placement", "_program", "_reduce"),
     },
     "__init__": {"_debug", "_functions", "_head", "_labels", "_loss", "_losses"},
     "nnx": set(),

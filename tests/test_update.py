@@ -130,6 +130,14 @@ WELCOME = {
         lambda s: jnp.sort(jnp.atleast_2d(s), axis=0).reshape(s.shape)
     ),
     "running sums over the width": elementwise(lambda s: jnp.cumsum(s[None], axis=0)[0]),
+    "one gradient back": optax.GradientTransformation(
+        lambda params: jax.tree.map(lambda w: jnp.zeros((2, *w.shape)), params),
+        lambda slopes, last, _: (
+            jax.tree.map(lambda s, h: -0.1 * (s + h[0]), slopes, last),
+            jax.tree.map(lambda s, h: jnp.stack([s, h[0]]), slopes, last),
+        ),
+    ),
+    "rolled over the width": elementwise(lambda s: jnp.roll(s[None], 1, axis=0)[0]),
     "turned twice": elementwise(lambda s: soft_sign(s.T).T),
     "bits": elementwise(lambda s: jnp.where(s.view(jnp.int32) > 3, s, 0)),
     "nothing for a parameter": optax.stateless(lambda s, _: s | {"kernel": None}),
@@ -181,6 +189,7 @@ MIXING = {
     "places": elementwise(lambda s: s * jnp.arange(s.shape[-1])),
     "places, as a constant": elementwise(lambda s: s * np.arange(s.shape[-1], dtype=np.float32)),
     "the first": elementwise(lambda s: s * s[..., :1]),
+    "the others": elementwise(lambda s: jnp.concatenate([s[..., 1:], s[..., :1]], axis=-1)),
     "in other rows": elementwise(lambda s: s.reshape(s.shape[-1], -1).reshape(s.shape)),
     "products": elementwise(lambda s: s * jnp.vdot(s, s)),
     "a loop over labels": elementwise(
@@ -617,6 +626,28 @@ def test_an_optimizer_that_mixes_elements_is_refused(optimizer, hidden, rng):
 def test_an_optimizer_that_treats_elements_apart_is_welcome(optimizer, chunk_size, rng):
     with jax.numpy_rank_promotion("allow"):
         read(optimizer, rng, chunk_size=chunk_size)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("placed", [False, True], ids=["nothing placed", "placed"])
+@pytest.mark.parametrize("optimizer", (OPTIMIZERS | WELCOME).values(), ids=OPTIMIZERS | WELCOME)
+def test_an_optimizer_is_welcome_on_explicit_axes_too(optimizer, placed, rng):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), (jax.sharding.AxisType.Explicit,) * 2)
+    arguments = draw_head(rng, 8, 24, names=("bias", "positives"))
+    features, params, given = split(arguments)
+
+    def step(params):
+        axes = {"mesh": mesh, "batch_axis": "data", "label_axis": "model"} if placed else {}
+        state = optimizer.init(params)
+        return jaxbce.linear_update(optimizer, features, params, state, **given, **axes).loss
+
+    with jax.numpy_rank_promotion("allow"), jax.set_mesh(mesh):
+        if placed:
+            params = {
+                name: jax.device_put(array, PartitionSpec(*[None] * (array.ndim - 1), "model"))
+                for name, array in params.items()
+            }
+        jax.eval_shape(step, params)
 
 
 def test_what_is_refused_is_named(rng):

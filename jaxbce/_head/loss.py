@@ -82,7 +82,13 @@ def own_loss(name: str, loss: Any, per_label: Any, *arrays: Any) -> ChunkLoss:
                 f"{name}: per_label must be the parameters of the loss, of which it has "
                 f"{len(loss.parameters)}, got {len(per_label)} arrays; name them in jaxbce.Loss"
             )
-        program = loss.program(name, loss.parameters[: len(per_label)], *arrays)
+        given, rest = loss.parameters[: len(per_label)], loss.parameters[len(per_label) :]
+        if missing := [own for own in rest if own not in loss.defaults(name)]:
+            raise TypeError(
+                f"{name}: per_label must hold the parameter {missing[0]} of this loss, got "
+                f"{len(per_label)} arrays; pass per_label=({', '.join(loss.parameters)},)"
+            )
+        program = loss.program(name, given, *arrays)
         return ChunkLoss(loss, names, program, name)
     dtype = _math.accumulator(*arrays)
     program = _read(name, loss, 2, 3, len(names), dtype)

@@ -359,6 +359,11 @@ def check_choice(name: str, argument: str, value: str, choices: tuple[str, ...])
         raise ValueError(f"{name}: {argument} must be one of {', '.join(choices)}, got {value!r}")
 
 
+def check_flag(name: str, argument: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: {argument} must be True or False, got {value!r}")
+
+
 def check_size(
     name: str, argument: str, value: Any, largest: int | None = None, *, least: int = 1
 ) -> None:

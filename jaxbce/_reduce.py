@@ -142,7 +142,7 @@ def kept_labels(
     return kept - jnp.sum((ids < num_labels) & first & otherwise, axis=1, dtype=dtype)
 
 
-def row_scale(
+def row_factor(
     weight: jax.Array | None,
     kept: jax.Array | None,
     lead: tuple[int, ...],
@@ -152,16 +152,16 @@ def row_scale(
 ) -> jax.Array:
     """The factor of each row in the total: its weight over the divisor of the reduction."""
     batch = math.prod(lead)
-    scale = own = jnp.ones(batch, dtype) if weight is None else weight
+    factor = own = jnp.ones(batch, dtype) if weight is None else weight
     if kept is None:
         sizes = {"mean": (batch, num_labels), "weighted_mean": (num_labels,), "batchmean": lead[:1]}
         for size in sizes.get(reduction, ()):
-            scale = scale * one_over(size, dtype)
+            factor = factor * one_over(size, dtype)
     elif reduction == "mean":
-        scale = scale * inverse(jnp.sum(kept))
+        factor = factor * inverse(jnp.sum(kept))
     elif reduction == "batchmean":
         entries = jnp.any(kept.reshape(lead) != 0, axis=tuple(range(1, len(lead))))
-        scale = scale * inverse(jnp.sum(entries, dtype=dtype))
+        factor = factor * inverse(jnp.sum(entries, dtype=dtype))
     if reduction == "weighted_mean":
-        scale = over_total(scale, jnp.sum(own if kept is None else own * kept))
-    return scale
+        factor = over_total(factor, jnp.sum(own if kept is None else own * kept))
+    return factor

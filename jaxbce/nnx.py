@@ -34,9 +34,11 @@ class MultiLabelHead(nnx.Module):
       prior: the base rate of the labels, a number or an array [L], in (0, 1); the bias starts at
         log(prior / (1 − prior)), with which zero features predict it. From counts, without 0 and 1:
         `jax.nn.sigmoid(jaxbce.prior_bias(labels))`. None starts at 0.
-      kernel_init: initialiser of the kernel [D, L].
+      kernel_init: initialiser of the kernel [D, L], also where that is transposed afterwards.
       dtype: in which features and kernel are multiplied; None promotes theirs.
       param_dtype: of kernel and bias.
+      transpose_kernel: True keeps the kernel as a table [L, D], the shape of an `nnx.Embed` of the
+        labels, whose table the head can then share.
       chunk_size: number of labels at a time, as in `linear_bce_with_logits`; None chooses.
       mesh: devices to share the work of the methods; None uses one.
       batch_axis: axis of the mesh over which the rows are sharded; None replicates them.
@@ -80,6 +82,7 @@ class MultiLabelHead(nnx.Module):
         kernel_init: Callable[..., Any] = KERNEL_INIT,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
+        transpose_kernel: bool = False,
         chunk_size: int | None = None,
         mesh: Mesh | None = None,
         batch_axis: str | tuple[str, ...] | None = None,
@@ -91,6 +94,7 @@ class MultiLabelHead(nnx.Module):
         self.in_features = in_features
         self.num_labels = num_labels
         self.dtype = dtype
+        self.transpose_kernel = transpose_kernel
         self.chunk_size = chunk_size
         self.mesh = mesh
         self.batch_axis = batch_axis
@@ -116,9 +120,10 @@ class MultiLabelHead(nnx.Module):
 
         def new_kernel(key: jax.Array) -> jax.Array:
             kernel: jax.Array = kernel_init(key, (in_features, num_labels), param_dtype)
-            return kernel
+            return kernel.T if transpose_kernel else kernel
 
-        self.kernel: nnx.Param[jax.Array] = created(new_kernel, (None, label_axis), rngs.params())
+        names = (label_axis, None) if transpose_kernel else (None, label_axis)
+        self.kernel: nnx.Param[jax.Array] = created(new_kernel, names, rngs.params())
         rate = _rate(prior, num_labels, param_dtype)
         self.bias: nnx.Param[jax.Array] | None = (
             created(lambda: _bias(rate, num_labels, param_dtype), (label_axis,))
@@ -130,6 +135,7 @@ class MultiLabelHead(nnx.Module):
         """The logits features @ kernel + bias, [..., L]: where there is room for them."""
         features, kernel, bias = self._operands(features)
         dtype = jnp.float64 if features.dtype == jnp.float64 else jnp.float32
+        kernel = kernel.T if self.transpose_kernel else kernel
         logits = jnp.matmul(features, kernel, preferred_element_type=dtype)
         if bias is None:
             return logits
@@ -163,7 +169,7 @@ class MultiLabelHead(nnx.Module):
             where=where,
             ignored=ignored,
             reduction=reduction,
-            **self._devices(),
+            **self._options(),
         )
 
     def update(
@@ -242,7 +248,7 @@ class MultiLabelHead(nnx.Module):
             ignored=ignored,
             reduction=reduction,
             rounding_key=rounding_key,
-            **self._devices(),
+            **self._options(),
         )
         gradient, count = step.features_gradient.astype(given.dtype), optimizer.step[...] + 1
         # All is computed; only now is anything written.
@@ -258,11 +264,11 @@ class MultiLabelHead(nnx.Module):
 
         Arguments and result are those of `linear_top_k`: features [..., D], and k in [1, L].
         """
-        return jaxbce.linear_top_k(*self._operands(features), k=k, **self._devices())
+        return jaxbce.linear_top_k(*self._operands(features), k=k, **self._options())
 
-    def _devices(self) -> dict[str, Any]:
-        """What the functions of the head are told of chunks and devices."""
-        names = ("chunk_size", "mesh", "batch_axis", "label_axis")
+    def _options(self) -> dict[str, Any]:
+        """What the functions of the head are told of the kernel, of chunks and devices."""
+        names = ("transpose_kernel", "chunk_size", "mesh", "batch_axis", "label_axis")
         return {name: getattr(self, name) for name in names}
 
     def _operands(self, features: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array | None]:

@@ -37,8 +37,8 @@ def features(*lead):
 )
 def test_a_method_takes_what_its_function_takes(method, function):
     """In its order, but for the layer and its devices, which are those of the module."""
-    of_module = {"kernel", "bias", "params", "opt_state", "chunk_size", "mesh"}
-    of_module |= {"batch_axis", "label_axis"}
+    of_module = {"kernel", "bias", "params", "opt_state", "transpose_kernel", "chunk_size"}
+    of_module |= {"mesh", "batch_axis", "label_axis"}
     taken = inspect.signature(method).parameters.values()
     wanted = inspect.signature(function).parameters.values()
     assert [(each.name, each.default) for each in taken if each.name != "self"] == [
@@ -489,3 +489,64 @@ def test_moments_made_after_their_head_are_sharded_as_it_is(kinds, axis):
     head, _ = made_on(kinds, axis)
     assert_sharded(nnx.state(nnx.Optimizer(head, optax.adam(0.1), wrt=nnx.Param)), axis)
     assert nnx.eval_shape(lambda: made_on(kinds, axis)[0]).kernel.shape == (WIDTH, 40)
+
+
+# --- a table -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placed", [False, True], ids=["one device", "mesh"])
+def test_a_head_with_a_table_is_that_of_its_kernel(placed):
+    devices = {}
+    if placed:
+        mesh = jax.make_mesh((2, 2), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
+        devices = {"mesh": mesh, "batch_axis": "data", "label_axis": "model"}
+    features, positives = jnp.ones((4, 3)), jnp.array([[1], [5], [2], [0]])
+
+    def trained(transpose_kernel):
+        rngs = nnx.Rngs(0)
+        head = jaxbce.nnx.MultiLabelHead(
+            3, 8, prior=0.1, transpose_kernel=transpose_kernel, **devices, rngs=rngs
+        )
+        optimizer = nnx.Optimizer(head, optax.adam(0.1), wrt=nnx.Param)
+        for _ in range(2):
+            loss, slope = head.update(optimizer, features, positives=positives)
+        kernel = head.kernel[...]
+        if placed:
+            place = ("model", None) if transpose_kernel else (None, "model")
+            place = jax.sharding.PartitionSpec(*place)
+            assert kernel.sharding.spec == place
+            assert nnx.get_partition_spec(nnx.state(head))["kernel"].get_value() == place
+        kernel = kernel.T if transpose_kernel else kernel
+        own = loss, slope, kernel, head(features), head.top_k(features, 2)
+        return *own, head.loss(features, positives=positives)
+
+    for got, expected in zip(
+        *(jax.tree.leaves(trained(how)) for how in (True, False)), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_a_table_is_shared_with_an_embedding():
+    """Tags in and tags out: one table, and the gradient of both uses."""
+
+    class Tagger(nnx.Module):
+        def __init__(self, rngs):
+            self.tags = nnx.Embed(8, 3, rngs=rngs)
+            self.head = jaxbce.nnx.MultiLabelHead(3, 8, transpose_kernel=True, rngs=rngs)
+            self.head.kernel = self.tags.embedding
+
+        def loss(self, given, positives):
+            return self.head.loss(self.tags(given).mean(axis=1), positives=positives)
+
+    model = Tagger(nnx.Rngs(0))
+    given, positives = jnp.array([[0, 1], [2, 3]]), jnp.array([[4], [5]])
+    slopes = nnx.grad(lambda model: model.loss(given, positives))(model)
+    assert len(jax.tree.leaves(slopes)) == 2
+
+    def dense(table, bias):
+        logits = table[given].mean(axis=1) @ table.T + bias
+        return jaxbce.bce_with_logits(logits, jaxbce.multi_hot(positives, 8))
+
+    expected = jax.grad(dense)(model.tags.embedding[...], jnp.zeros((1, 8)))
+    got = slopes["tags"]["embedding"] if "tags" in slopes else slopes["head"]["kernel"]
+    np.testing.assert_allclose(jax.tree.leaves(got)[0], expected, rtol=1e-5, atol=1e-7)

@@ -290,7 +290,10 @@ def test_a_public_function_names_what_its_loss_requires():
 def test_errors_in_the_head():
     layer = jnp.ones((1, 2)), jnp.ones((2, 3))
     positives = np.array([[1]])
-    with pytest.raises(TypeError, match=r"linear_loss: per_label must hold the parameter log_prior .*per_label=\(log_prior,\)"):
+    with pytest.raises(
+        TypeError,
+        match=r"must hold the parameter log_prior .*per_label=\(log_prior,\)",
+    ):
         jaxbce.linear_loss(ADJUSTED, *layer, positives=positives)
     two = (jnp.ones(3),) * 2
     with pytest.raises(ValueError, match=re.escape("of which it has 1, got 2 arrays")):

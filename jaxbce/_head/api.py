@@ -27,6 +27,7 @@ def linear_bce_with_logits(
     where: ArrayLike | None = None,
     ignored: ArrayLike | None = None,
     reduction: str = "mean",
+    transpose_kernel: bool = False,
     chunk_size: int | None = None,
     mesh: Mesh | None = None,
     batch_axis: str | tuple[str, ...] | None = None,
@@ -45,7 +46,7 @@ def linear_bce_with_logits(
 
     Args:
       features: float array [..., D].
-      kernel: float array [D, L].
+      kernel: float array [D, L], or [L, D] with transpose_kernel.
       bias: float array [L]; None is 0.
       positives: integer array [..., P] of label ids, padded with -1. Exactly one of positives and
         labels is given.
@@ -61,6 +62,8 @@ def linear_bce_with_logits(
         count; "weighted_mean" Σ loss / Σ over rows of weight · number of kept labels, 0 where that
         is 0; "sum" Σ loss; "batchmean" Σ loss / number of entries of the first axis of features,
         the batch, that keep a label; "none" one loss per row, summed over its labels.
+      transpose_kernel: True for a kernel [L, D], as Equinox, PyTorch, `flax.nnx.Embed` and item
+        tables have it. Nothing of its size is copied, and its gradient is [L, D] too.
       chunk_size: number of labels at a time; None chooses, and takes all of them at once where that
         is faster.
       mesh: devices to share the work, with axes of any type; None uses one, or what `jax.jit` makes
@@ -108,6 +111,7 @@ def linear_bce_with_logits(
     name = "linear_bce_with_logits"
     _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
     devices = Devices.named(name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis)
+    _checks.check_flag(name, "transpose_kernel", transpose_kernel)
     loss, per_label = built_in_loss(pos_weight)
     given = arguments.as_given(
         name,
@@ -123,7 +127,14 @@ def linear_bce_with_logits(
         where=where,
         ignored=ignored,
     )
-    return _evaluate(given, name=name, reduction=reduction, loss=loss, devices=devices)
+    return _evaluate(
+        given,
+        name=name,
+        reduction=reduction,
+        loss=loss,
+        devices=devices,
+        transposed=transpose_kernel,
+    )
 
 
 def linear_loss(
@@ -139,6 +150,7 @@ def linear_loss(
     where: ArrayLike | None = None,
     ignored: ArrayLike | None = None,
     reduction: str = "mean",
+    transpose_kernel: bool = False,
     chunk_size: int | None = None,
     mesh: Mesh | None = None,
     batch_axis: str | tuple[str, ...] | None = None,
@@ -161,7 +173,7 @@ def linear_loss(
         It is compiled once for each function, so define it once, outside of the training step, and
         let it hold no traced value.
       features: float array [..., D].
-      kernel: float array [D, L].
+      kernel: float array [D, L], or [L, D] with transpose_kernel.
       bias: float array [L]; None is 0.
       positives: integer array [..., P] of label ids, padded with -1. Exactly one of positives and
         labels is given.
@@ -172,6 +184,7 @@ def linear_loss(
       where: bool array that broadcasts to [..., L]; as in `linear_bce_with_logits`.
       ignored: integer array [..., I] of label ids to leave out of each row, padded with -1.
       reduction: as in `linear_bce_with_logits`.
+      transpose_kernel: True for a kernel [L, D].
       chunk_size: number of labels at a time; None chooses.
       mesh: devices to share the work; None uses one.
       batch_axis: axis of the mesh, or a tuple, over which the rows are sharded; None replicates
@@ -208,6 +221,7 @@ def linear_loss(
     name = "linear_loss"
     _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
     devices = Devices.named(name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis)
+    _checks.check_flag(name, "transpose_kernel", transpose_kernel)
     chunk_loss = own_loss(name, loss, per_label, features, kernel)
     given = arguments.as_given(
         name,
@@ -222,7 +236,14 @@ def linear_loss(
         where=where,
         ignored=ignored,
     )
-    return _evaluate(given, name=name, reduction=reduction, loss=chunk_loss, devices=devices)
+    return _evaluate(
+        given,
+        name=name,
+        reduction=reduction,
+        loss=chunk_loss,
+        devices=devices,
+        transposed=transpose_kernel,
+    )
 
 
 def _by_row(given: arguments.Given, *, reduction: str, **_: Any) -> PartitionSpec:
@@ -232,7 +253,7 @@ def _by_row(given: arguments.Given, *, reduction: str, **_: Any) -> PartitionSpe
     return PartitionSpec(*_placement.common_spec(given.features)[:-1])
 
 
-@_placement.compiled("name", "reduction", "loss", "devices", result=_by_row)
+@_placement.compiled("name", "reduction", "loss", "devices", "transposed", result=_by_row)
 def _evaluate(
     given: arguments.Given,
     *,
@@ -240,9 +261,12 @@ def _evaluate(
     reduction: str,
     loss: ChunkLoss,
     devices: Devices,
+    transposed: bool,
 ) -> jax.Array:
-    lead, operands, weight = arguments.prepare(given, name=name, reduction=reduction, loss=loss)
-    plan = devices.over(name, *operands.sizes(), loss)
+    lead, operands, weight, sizes = arguments.prepare(
+        given, name=name, reduction=reduction, loss=loss, transposed=transposed
+    )
+    plan = devices.over(name, *sizes, loss=loss, transposed=transposed)
     if reduction != "none":
         return chunks.total_loss(plan, operands)
     rows = chunks.finite_rows(chunks.row_losses(plan, operands), operands)

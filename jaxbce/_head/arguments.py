@@ -61,19 +61,28 @@ def as_given(
 
 
 def prepare_layer(
-    name: str, features: Any, kernel: Any, bias: Any
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The arrays of a linear layer; `features` in the dtype in which products are multiplied."""
+    name: str, features: Any, kernel: Any, bias: Any, transposed: bool
+) -> tuple[jax.Array, jax.Array, jax.Array | None, int]:
+    """The arrays of a linear layer, and its number of labels.
+
+    `features` are in the dtype in which products are multiplied.
+    """
     features = _checks.floating(name, "features", features)
     kernel = _checks.floating(name, "kernel", kernel)
     if not features.ndim:
         raise ValueError(f"{name}: features must have shape (..., width), got one number")
-    if kernel.ndim != 2 or kernel.shape[0] != features.shape[-1]:
+    width, shape = features.shape[-1], kernel.shape
+    if kernel.ndim != 2 or shape[transposed] != width:
+        axes, other = ("(labels, width)", False) if transposed else ("(width, labels)", True)
+        remedy = "the widths must be equal"
+        if kernel.ndim == 2 and shape[other] == width:
+            remedy = f"a kernel that lies the other way round takes transpose_kernel={other}"
         raise ValueError(
-            f"{name}: kernel must have shape (width, labels) for features {features.shape} of "
-            f"shape (..., width), got {kernel.shape}; a (labels, width) kernel is kernel.T"
+            f"{name}: kernel must have shape {axes} for features {features.shape} of shape "
+            f"(..., width) with transpose_kernel={transposed}, got {shape}; {remedy}"
         )
-    if not isinstance(kernel.shape[1], int):
+    num_labels = shape[1 - transposed]
+    if not isinstance(num_labels, int):
         raise ValueError(
             f"{name}: kernel must have a number of labels that is known while tracing, got "
             f"{kernel.shape}; only the leading axes of features may be symbolic"
@@ -84,18 +93,23 @@ def prepare_layer(
         features = features.astype(dtype)
     if bias is not None:
         bias = _checks.floating(name, "bias", bias)
-        bias = _checks.shaped(name, "bias", bias, kernel.shape[1:], "(labels,)")
-    return features, kernel, bias
+        bias = _checks.shaped(name, "bias", bias, (num_labels,), "(labels,)")
+    return features, kernel, bias, num_labels
 
 
 def prepare(
-    given: Given, *, name: str, reduction: str, loss: ChunkLoss
-) -> tuple[tuple[int, ...], chunks.Operands, jax.Array | None]:
-    """The leading axes of the rows, the operands of a pass over them, and the weight of each."""
-    features, kernel, bias = prepare_layer(name, given.features, given.kernel, given.bias)
+    given: Given, *, name: str, reduction: str, loss: ChunkLoss, transposed: bool
+) -> tuple[tuple[int, ...], chunks.Operands, jax.Array | None, tuple[int, int]]:
+    """The leading axes of the rows, the operands, the weight of each row, and how many there are.
+
+    The last are the numbers of rows and labels.
+    """
+    features, kernel, bias, num_labels = prepare_layer(
+        name, given.features, given.kernel, given.bias, transposed
+    )
     positives, labels, label_smoothing = given.positives, given.labels, given.label_smoothing
     weight, ignored, where = given.weight, given.ignored, given.where
-    lead, num_labels = features.shape[:-1], kernel.shape[1]
+    lead = features.shape[:-1]
     batch, dtype = math.prod(lead), _math.accumulator(features)
     rows_of = ("features", features.shape)
     features = features.reshape(batch, features.shape[-1])
@@ -149,7 +163,7 @@ def prepare(
         label_smoothing=label_smoothing,
         where=where,
         ignored=ignored,
-        scale=_reduce.row_scale(weight, kept, lead, num_labels, dtype, reduction),
+        row_factor=_reduce.row_factor(weight, kept, lead, num_labels, dtype, reduction),
         weightless=None if weight is None else weight == 0,
     )
     if isinstance(loss.loss, Loss) and _checks.values_are_checked():  # a function may take any
@@ -161,4 +175,4 @@ def prepare(
             _checks.check_not_negative(name, "pos_weight", numbers[0], some_row)
         if labels is not None:
             _checks.check_unit_interval(name, "labels", labels.astype(dtype), mask)
-    return lead, _placement.vary_together(operands), weight
+    return lead, _placement.vary_together(operands), weight, (batch, num_labels)

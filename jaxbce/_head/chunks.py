@@ -1,15 +1,16 @@
-"""The chunked head: the loss and the highest logits of features @ kernel + bias, chunk by chunk.
+"""The chunked head: the loss of features @ kernel + bias and its gradients, chunk by chunk.
 
-BCE has no normaliser across labels, so one pass over chunks of labels yields the loss and, in the
-same pass, every gradient: with Z the logits of a chunk and G = scale · ∂loss/∂Z, both
-[batch, chunk], the products are Z = features @ kernel, ∂features += G @ kernelᵀ and
+An elementwise loss has no normaliser across labels, so one pass over chunks of labels yields the
+loss and, in the same pass, every gradient. With Z the logits of a chunk and G = row_factor ·
+∂loss/∂Z, both [batch, chunk], the products are Z = features @ kernel, ∂features += G @ kernelᵀ and
 ∂kernel = featuresᵀ @ G. Nothing of the size [batch, labels] exists.
+
+A kernel is [width, labels], or the table [labels, width]. A table is multiplied as it lies.
 """
 
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,8 +29,8 @@ class Operands(NamedTuple):
     """The arrays of one loss. The dtype of `features` is that in which products are multiplied."""
 
     features: jax.Array  # [batch, width]
-    kernel: jax.Array  # [width, labels]
-    scale: jax.Array  # [batch], the factor of each row in the total
+    kernel: jax.Array  # [width, labels], or [labels, width] where the pass says `transposed`
+    row_factor: jax.Array  # [batch], the weight of each row over the divisor of the reduction
     bias: jax.Array | None = None  # [labels]
     positives: jax.Array | None = None  # [batch, positives] in [0, labels]; `labels` is padding
     labels: jax.Array | None = None  # [batch, labels]
@@ -39,12 +40,44 @@ class Operands(NamedTuple):
     ignored: jax.Array | None = None  # [batch, ignored], ids as in `positives`, left out too
     weightless: jax.Array | None = None  # [batch], True for a row of weight 0; None without weights
 
-    def sizes(self) -> tuple[int, int]:
-        """Of rows and labels."""
-        return self.features.shape[0], self.kernel.shape[1]
+
+LABELLED = ("kernel", "bias", "labels", "per_label")  # one part per label
 
 
-LABELLED = ("kernel", "bias", "labels", "per_label")  # one column, or number, per label
+@dataclasses.dataclass(frozen=True)
+class OneDevice:
+    """How a pass over all labels is run."""
+
+    chunk_size: int
+    loss: ChunkLoss
+    transposed: bool  # the kernel is a table, [labels, width]
+
+    def label_axis_of(self, name: str) -> int:
+        """The axis that counts the labels, of an operand in LABELLED."""
+        return -2 if name == "kernel" and self.transposed else -1
+
+    def num_labels(self, kernel: jax.Array) -> int:
+        """How many labels this device has."""
+        return int(kernel.shape[self.label_axis_of("kernel")])
+
+    def first_label(self, kernel: jax.Array) -> jax.Array | int:
+        """The id of the first of them."""
+        return 0
+
+    def total(self, name: str, part: Any) -> Any:
+        """What belongs to an operand, summed over the devices that share it."""
+        return part
+
+    def local(self, operands: Operands, with_gradients: bool) -> tuple[jax.Array, Gradients]:
+        """The pass of one device: the unscaled loss of each row, and the gradients of the total."""
+        by_row, gradients = full_pass(
+            self, operands, with_gradients, self.first_label(operands.kernel)
+        )
+        totals = {name: self.total(name, part) for name, part in gradients.items()}
+        return self.total("row_factor", by_row), totals
+
+    def run(self, operands: Operands, with_gradients: bool) -> tuple[jax.Array, Gradients]:
+        return self.local(operands, with_gradients)
 
 
 def matmul(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
@@ -57,14 +90,19 @@ def differentiable(operands: Operands) -> tuple[str, ...]:
     return tuple(
         name
         for name, array in operands._asdict().items()
-        if name != "scale"
+        if name != "row_factor"
         and jax.tree.leaves(array)
         and all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(array))
     )
 
 
-def columns(array: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(array, start, size, axis=array.ndim - 1)
+def part_of(array: jax.Array, axis: int, start: jax.Array | int, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
+
+
+def write(array: jax.Array, axis: int, part: jax.Array, start: jax.Array | int) -> jax.Array:
+    """`array` with its part from `start` on replaced."""
+    return jax.lax.dynamic_update_slice_in_dim(array, part, start, axis)
 
 
 def chunk_mask(
@@ -73,7 +111,7 @@ def chunk_mask(
     """What is kept of a chunk that starts at `start`, a label of the id `first`."""
     keep = operands.where
     if keep is not None and keep.shape[1] != 1:
-        keep = columns(keep, start, size)
+        keep = part_of(keep, 1, start, size)
     if operands.ignored is not None:
         known = ~ones_at(operands.ignored, size, bool, first)
         keep = known if keep is None else known & keep
@@ -102,14 +140,16 @@ def gradient_dtype(operand: jax.Array) -> Any:
     return _math.accumulator(operand) if operand.dtype == jnp.float16 else operand.dtype
 
 
-def without_nan(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+def without_nan(kernel: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     """A kernel with 0 for what is not finite, and NaN for each label that has such a number.
+
+    `axis` counts the features.
 
     The NaN goes into the logits. A product would take it from a label that is masked to a row,
     because 0 · NaN is NaN.
     """
     finite = jnp.isfinite(kernel)
-    mark = jnp.sum(jnp.where(finite, 0, jnp.nan), axis=0, dtype=_math.accumulator(kernel))
+    mark = jnp.sum(jnp.where(finite, 0, jnp.nan), axis, dtype=_math.accumulator(kernel))
     return jnp.where(finite, kernel, 0), mark
 
 
@@ -133,41 +173,45 @@ def sum_of_rows(values: jax.Array, rounded: jax.Array) -> jax.Array:
 
 
 def chunk_pass(
+    plan: OneDevice,
     operands: Operands,
-    loss: ChunkLoss,
     with_gradients: bool,
-    offset: jax.Array | int,
+    first_label: jax.Array | int,
     start: jax.Array | int,
     size: int,
     due: jax.Array | None = None,
 ) -> tuple[jax.Array, Gradients]:
     """What `size` labels from `start` add to the loss of each row, and their gradients.
 
-    The gradients are in the dtype of the arithmetic. Only the labels that are `due` count.
+    `first_label` is the id of the label 0 of these operands. The gradients are in the dtype of the
+    arithmetic. Only the labels that are `due` count.
     """
-    chunk = {
-        name: jax.tree.map(lambda array: columns(array, start, size), getattr(operands, name))
-        for name in LABELLED
-    }
-    keep = chunk_mask(operands, offset + start, start, size)
+
+    def part(name: str) -> Any:
+        axis = plan.label_axis_of(name)
+        return jax.tree.map(lambda a: part_of(a, axis, start, size), getattr(operands, name))
+
+    id_of_start = first_label + start
+    kernel, bias, labels_at = part("kernel"), part("bias"), 0 if plan.transposed else 1
+    keep = chunk_mask(operands, id_of_start, start, size)
     weightless = None if operands.weightless is None else operands.weightless[:, None]
-    kernel, added = chunk["kernel"], [] if chunk["bias"] is None else [chunk["bias"]]
+    added = [] if bias is None else [bias]
     if keep is not None or weightless is not None:
-        kernel, mark = without_nan(kernel)
+        kernel, mark = without_nan(kernel, 1 - labels_at)
         added.append(mark)
     kernel = kernel.astype(operands.features.dtype)
-    logits = matmul(operands.features, kernel, 1, 0)
+    logits = matmul(operands.features, kernel, 1, 1 - labels_at)
     for each in added:
         logits += each.astype(logits.dtype)[None]
     if operands.positives is None:
-        labels = chunk["labels"]
+        labels = part("labels")
     else:
-        labels = ones_at(operands.positives, size, jnp.uint8, offset + start)
+        labels = ones_at(operands.positives, size, jnp.uint8, id_of_start)
     elements = {"logits": logits, "labels": labels.astype(logits.dtype)}
     # Unlike `broadcast_to`, sums vary over the same axes of a mesh as the logits.
     zeros = jnp.zeros_like(logits)
     if operands.per_label:
-        elements["per_label"] = tuple(zeros + array[None] for array in chunk["per_label"])
+        elements["per_label"] = tuple(zeros + array[None] for array in part("per_label"))
     if operands.label_smoothing is not None:
         elements["label_smoothing"] = zeros + operands.label_smoothing
 
@@ -175,19 +219,17 @@ def chunk_pass(
         labels, a = elements["labels"], elements.get("label_smoothing")
         if a is not None:
             labels = labels * (1 - a) + a / 2
-        return loss(elements["logits"], labels, *elements.get("per_label", ()))
+        return plan.loss(elements["logits"], labels, *elements.get("per_label", ()))
 
     if due is not None:
         keep = due[None] if keep is None else keep & due[None]
     masked = None if keep is None else ~keep
     hidden, annihilated = masked, None
     if weightless is not None:
-        annihilated = weightless & ~functools.reduce(
-            operator.and_, map(jnp.isfinite, jax.tree.leaves(elements))
-        )
-        if loss.program:
-            defined = is_defined(smoothed_loss, replaced(elements, masked))
-            annihilated |= weightless & ~defined
+        finite = functools.reduce(operator.and_, map(jnp.isfinite, jax.tree.leaves(elements)))
+        if plan.loss.program:
+            finite &= is_defined(smoothed_loss, replaced(elements, masked))
+        annihilated = weightless & ~finite
         hidden = annihilated if masked is None else annihilated | masked
 
     def masked_loss(elements: Any) -> jax.Array:
@@ -200,115 +242,93 @@ def chunk_pass(
     # Also where no gradient is wanted: the rule of a loss for reverse mode alone is then applied,
     # and what is left has a derivative in forward mode.
     losses, pullback = jax.vjp(masked_loss, elements)
-    rows = jnp.sum(losses, axis=1)
+    by_row = jnp.sum(losses, axis=1)
     if not with_gradients:
-        return rows, {}
+        return by_row, {}
 
-    # The scale, of which the slopes are a linear function, is not compared with 0: that would lose
-    # what a second derivative needs where it is 0, and could not be transposed.
-    (slopes,) = pullback(zeros + operands.scale[:, None])
-    slope = jax.lax.optimization_barrier(slopes["logits"].astype(kernel.dtype))
+    # The row factor, of which the gradients are a linear function, is not compared with 0: that
+    # would lose what a second derivative needs where it is 0, and could not be transposed.
+    (by_element,) = pullback(zeros + operands.row_factor[:, None])
+    # Written to memory once. XLA on a TPU would write the float32 logits, and compute it twice.
+    by_logit = jax.lax.optimization_barrier(by_element["logits"].astype(kernel.dtype))
+    factors = (by_logit, operands.features) if plan.transposed else (operands.features, by_logit)
     gradients: Gradients = {
-        "features": matmul(slope, kernel, 1, 1),
-        "kernel": matmul(operands.features, slope, 0, 0),
+        "features": matmul(by_logit, kernel, 1, labels_at),
+        "kernel": matmul(factors[0], factors[1], 0, 0),
     }
     if operands.bias is not None:
-        gradients["bias"] = sum_of_rows(slopes["logits"], slope)
+        gradients["bias"] = sum_of_rows(by_element["logits"], by_logit)
     if operands.labels is not None and jnp.issubdtype(operands.labels.dtype, jnp.floating):
-        gradients["labels"] = slopes["labels"]
+        gradients["labels"] = by_element["labels"]
     if operands.per_label:
-        gradients["per_label"] = tuple(jnp.sum(each, axis=0) for each in slopes["per_label"])
+        gradients["per_label"] = tuple(jnp.sum(each, axis=0) for each in by_element["per_label"])
     if operands.label_smoothing is not None:
-        gradients["label_smoothing"] = jnp.sum(slopes["label_smoothing"])
-    return rows, gradients
-
-
-def write(array: jax.Array, part: jax.Array, start: jax.Array | int) -> jax.Array:
-    """`array` with the columns of a chunk replaced."""
-    return jax.lax.dynamic_update_slice_in_dim(array, part, start, axis=part.ndim - 1)
+        gradients["label_smoothing"] = jnp.sum(by_element["label_smoothing"])
+    return by_row, gradients
 
 
 def full_pass(
-    operands: Operands,
-    loss: ChunkLoss,
-    with_gradients: bool,
-    chunk_size: int,
-    offset: jax.Array | int = 0,
+    plan: OneDevice, operands: Operands, with_gradients: bool, first_label: jax.Array | int
 ) -> tuple[jax.Array, Gradients]:
-    """The unscaled loss of each row and the gradients of Σ scale · loss.
+    """The unscaled loss of each row and the gradients of Σ row_factor · loss.
 
-    `offset` is the id of the first label of `kernel`.
+    `first_label` is the id of the label 0 of these operands.
     """
-    num_labels = operands.kernel.shape[1]
+    chunk_size, num_labels = plan.chunk_size, plan.num_labels(operands.kernel)
 
     def one_chunk(start: jax.Array | int, size: int) -> tuple[jax.Array, Gradients]:
-        rows, parts = chunk_pass(operands, loss, with_gradients, offset, start, size)
+        by_row, parts = chunk_pass(plan, operands, with_gradients, first_label, start, size)
         for name in {"kernel", "labels"} & parts.keys():  # as large as their operands
             parts[name] = parts[name].astype(gradient_dtype(getattr(operands, name)))
-        return rows, parts
+        return by_row, parts
 
     whole = 0 if num_labels == chunk_size else max(num_labels - 1, 0) // chunk_size
     start = whole * chunk_size
     # The last chunk, which may be smaller, comes first: the sums of the loop start from its own.
-    rows, parts = one_chunk(start, num_labels - start)
+    by_row, parts = one_chunk(start, num_labels - start)
     if not whole:
-        return rows, parts
+        return by_row, parts
 
-    def put(gradients: Gradients, parts: Gradients, start: jax.Array | int) -> Gradients:
-        """The gradients with those of a chunk written into them, or added to them."""
-        add = {
-            name: (lambda array, part: write(array, part, start)) if name in LABELLED else jnp.add
-            for name in parts
-        }
-        return {name: jax.tree.map(add[name], gradients[name], parts[name]) for name in parts}
+    def put(name: str, gradient: Any, part: Any, start: jax.Array | int) -> Any:
+        """A gradient with that of a chunk written into it, or added to it."""
+        if name not in LABELLED:
+            return gradient + part
+        axis = plan.label_axis_of(name)
+        return jax.tree.map(lambda array, own: write(array, axis, own, start), gradient, part)
 
-    def empty(part: jax.Array) -> jax.Array:
-        return jnp.zeros((*part.shape[:-1], num_labels), part.dtype)
+    def empty(name: str, part: jax.Array) -> jax.Array:
+        shape = list(part.shape)
+        if name in LABELLED:
+            shape[plan.label_axis_of(name)] = num_labels
+        return jnp.zeros(shape, part.dtype)
 
     gradients = {
-        name: jax.tree.map(empty if name in LABELLED else jnp.zeros_like, part)
+        name: put(name, jax.tree.map(functools.partial(empty, name), part), part, start)
         for name, part in parts.items()
     }
-    gradients = put(gradients, parts, start)
 
     def step(
         carry: tuple[jax.Array, Gradients], start: jax.Array
     ) -> tuple[tuple[jax.Array, Gradients], None]:
-        rows, gradients = carry
+        by_row, gradients = carry
         more, parts = one_chunk(start, chunk_size)
-        return (rows + more, put(gradients, parts, start)), None
+        gradients = {name: put(name, gradients[name], parts[name], start) for name in parts}
+        return (by_row + more, gradients), None
 
     starts = jnp.arange(whole, dtype=jnp.int32) * chunk_size
-    (rows, gradients), _ = jax.lax.scan(step, (rows, gradients), starts)
-    return rows, gradients
+    (by_row, gradients), _ = jax.lax.scan(step, (by_row, gradients), starts)
+    return by_row, gradients
 
 
-@dataclasses.dataclass(frozen=True)
-class OneDevice:
-    """How a pass over all labels is run."""
-
-    chunk_size: int
-    loss: ChunkLoss
-
-    def run(self, operands: Operands, with_gradients: bool) -> tuple[jax.Array, Gradients]:
-        return full_pass(operands, self.loss, with_gradients, self.chunk_size)
-
-    def update(
-        self, pass_over: Callable[..., Any], operands: Operands, columns: Any, others: Any, key: Any
-    ) -> Any:
-        """`pass_over` writes `columns`, which have a column for each label."""
-        return pass_over(operands, columns, others, key, self.loss, self.chunk_size)
-
-
-def finite_rows(rows: jax.Array, operands: Operands) -> jax.Array:
+def finite_rows(by_row: jax.Array, operands: Operands) -> jax.Array:
     """The loss of each row, of which a weight of 0 annihilates what is not finite."""
     if operands.weightless is None:
-        return rows
-    return jnp.where(operands.weightless & ~jnp.isfinite(rows), 0, rows)
+        return by_row
+    return jnp.where(operands.weightless & ~jnp.isfinite(by_row), 0, by_row)
 
 
-def scaled_sum(rows: jax.Array, operands: Operands) -> jax.Array:
-    return jnp.sum(finite_rows(rows, operands) * operands.scale)
+def scaled_sum(by_row: jax.Array, operands: Operands) -> jax.Array:
+    return jnp.sum(finite_rows(by_row, operands) * operands.row_factor)
 
 
 # The residuals of the rules below have one structure, whatever is differentiated: JAX shares it
@@ -332,20 +352,20 @@ def cotangents(gradients: Gradients, operands: Operands) -> tuple[Operands]:
     return (Operands(*values),)
 
 
-# total_loss = Σ scale · loss of each row. The cotangent is one number, so the gradients are
+# total_loss = Σ row_factor · loss of each row. The cotangent is one number, so the gradients are
 # computed with the loss and multiplied by it. A higher derivative goes through that forward rule.
 
 
 def total_loss_impl(plan: OneDevice, operands: Operands) -> jax.Array:
-    rows, _ = plan.run(operands, False)
-    return scaled_sum(rows, operands)
+    by_row, _ = plan.run(operands, False)
+    return scaled_sum(by_row, operands)
 
 
 def total_loss_fwd(plan: OneDevice, operands: Operands) -> tuple[jax.Array, Any]:
-    rows, gradients = plan.run(operands, True)
-    gradients["scale"] = finite_rows(rows, operands)
+    by_row, gradients = plan.run(operands, True)
+    gradients["row_factor"] = finite_rows(by_row, operands)
     gradients["features"] = gradients["features"].astype(gradient_dtype(operands.features))
-    return scaled_sum(rows, operands), (gradients, empty_operands(operands))
+    return scaled_sum(by_row, operands), (gradients, empty_operands(operands))
 
 
 def total_loss_bwd(plan: OneDevice, residuals: Any, g: jax.Array) -> tuple[Operands]:
@@ -358,8 +378,8 @@ total_loss = jax.custom_vjp(total_loss_impl, nondiff_argnums=(0,))
 total_loss.defvjp(total_loss_fwd, total_loss_bwd)
 
 
-# row_losses = the loss of each row, `scale` apart. The cotangent of each row is its scale in the
-# gradients, so the backward pass computes them.
+# row_losses = the loss of each row, without `row_factor`. The cotangent of each row is its factor
+# in the gradients, so the backward pass computes them.
 
 
 def row_losses_impl(plan: OneDevice, operands: Operands) -> jax.Array:
@@ -371,7 +391,7 @@ def row_losses_fwd(plan: OneDevice, operands: Operands) -> tuple[jax.Array, Oper
 
 
 def row_losses_bwd(plan: OneDevice, operands: Operands, g: jax.Array) -> tuple[Operands]:
-    _, gradients = plan.run(operands._replace(scale=g), True)
+    _, gradients = plan.run(operands._replace(row_factor=g), True)
     return cotangents(gradients, operands)
 
 

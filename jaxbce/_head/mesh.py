@@ -31,7 +31,7 @@ class OnMesh(OneDevice):
         batch, label = self.batch_axis, self.label_axis
         return {
             "features": PartitionSpec(batch, None),
-            "kernel": PartitionSpec(None, label),
+            "kernel": PartitionSpec(label, None) if self.transposed else PartitionSpec(None, label),
             "bias": PartitionSpec(label),
             "positives": PartitionSpec(batch, None),
             "labels": PartitionSpec(batch, label),
@@ -39,7 +39,7 @@ class OnMesh(OneDevice):
             "label_smoothing": PartitionSpec(),
             "where": PartitionSpec(batch, label),
             "ignored": PartitionSpec(batch, None),
-            "scale": PartitionSpec(batch),
+            "row_factor": PartitionSpec(batch),
             "weightless": PartitionSpec(batch),
         }
 
@@ -54,81 +54,33 @@ class OnMesh(OneDevice):
             out_specs=out_specs,
         )
 
-    def offset(self, kernel: jax.Array) -> jax.Array | int:
-        """The id of the first label of a device."""
+    def first_label(self, kernel: jax.Array) -> jax.Array | int:
         if self.label_axis is None:
             return 0
-        return jax.lax.axis_index(self.label_axis) * kernel.shape[1]
+        return jax.lax.axis_index(self.label_axis) * self.num_labels(kernel)
+
+    def total(self, name: str, part: Any) -> Any:
+        """Summed over the axes of the mesh that split the work but not the result."""
+        spec = self.specs()[name]
+        axes = [axis for axis in (self.batch_axis, self.label_axis) if axis not in spec]
+        names = sum(map(names_of, axes), ())
+        return jax.lax.psum(part, names) if names else part
 
     def run(
         self, operands: chunks.Operands, with_gradients: bool
     ) -> tuple[jax.Array, chunks.Gradients]:
         specs = self.specs()
         names = chunks.differentiable(operands) if with_gradients else ()
-
-        def local(operands: chunks.Operands) -> tuple[jax.Array, chunks.Gradients]:
-            return self.local(operands, with_gradients)
-
-        run = self.shard(
-            local,
+        result: tuple[jax.Array, chunks.Gradients] = self.shard(
+            lambda operands: self.local(operands, with_gradients),
             (self.operand_specs(operands),),
-            (specs["scale"], {name: specs[name] for name in names}),
-        )
-        result: tuple[jax.Array, chunks.Gradients] = run(operands)
+            (specs["row_factor"], {name: specs[name] for name in names}),
+        )(operands)
         return result
 
-    def local(
-        self, operands: chunks.Operands, with_gradients: bool
-    ) -> tuple[jax.Array, chunks.Gradients]:
-        """The pass of one device, summed over all that share its result."""
-        specs = self.specs()
-        rows, gradients = chunks.full_pass(
-            operands, self.loss, with_gradients, self.chunk_size, self.offset(operands.kernel)
-        )
-        totals = {name: self.total(part, specs[name]) for name, part in gradients.items()}
-        return self.total(rows, specs["scale"]), totals
-
-    def total(self, parts: Any, spec: PartitionSpec) -> Any:
-        """The sum over the axes of the mesh that split the work but not the result."""
-        axes = [axis for axis in (self.batch_axis, self.label_axis) if axis not in spec]
-        names = sum(map(names_of, axes), ())
-        return jax.lax.psum(parts, names) if names else parts
-
-    def update(
-        self,
-        pass_over: Callable[..., Any],
-        operands: chunks.Operands,
-        columns: Any,
-        others: Any,
-        key: Any,
-    ) -> Any:
-        specs = self.specs()
-
-        def by_label(array: jax.Array) -> PartitionSpec:
-            return PartitionSpec(*[None] * (array.ndim - 1), self.label_axis)
-
-        def local(operands: chunks.Operands, columns: Any, others: Any, key: Any) -> Any:
-            rows, slope, columns, others = pass_over(
-                operands,
-                columns,
-                others,
-                key,
-                self.loss,
-                self.chunk_size,
-                self.offset(operands.kernel),
-                lambda name, part: self.total(part, specs[name]),
-            )
-            rows = self.total(rows, specs["scale"])
-            return rows, self.total(slope, specs["features"]), columns, others
-
-        column_specs = jax.tree.map(by_label, columns)
-        other_specs = jax.tree.map(lambda _: PartitionSpec(), (others, key))
-        run = self.shard(
-            local,
-            (self.operand_specs(operands), column_specs, *other_specs),
-            (specs["scale"], specs["features"], column_specs, other_specs[0]),
-        )
-        return run(operands, columns, others, key)
+    def spec_of_labels(self, array: jax.Array, axis: int) -> PartitionSpec:
+        """Of an array with a part for each label, which `axis` counts."""
+        return PartitionSpec(*(self.label_axis if i == axis else None for i in range(array.ndim)))
 
     def operand_specs(self, operands: chunks.Operands) -> chunks.Operands:
         """How the operands that are given are sharded; a mask is not where it is broadcast."""
@@ -184,7 +136,14 @@ class Devices:
         return cls(chunk_size, mesh, tuple(axes.items()))
 
     def over(
-        self, name: str, rows: int, labels: int, loss: Any = None, kind: type[OnMesh] | None = None
+        self,
+        name: str,
+        rows: int,
+        labels: int,
+        *,
+        loss: Any = None,
+        transposed: bool,
+        kind: type[OnMesh] | None = None,
     ) -> OneDevice:
         """How to run over so many rows and labels; several devices as `kind` says."""
         both = (*self.axes, self.axes[-1])
@@ -198,7 +157,7 @@ class Devices:
         chunk_size = self.chunk_size or chunks.default_chunk_size(own_rows, own_labels)
         chunk_size = max(min(chunk_size, own_labels), 1)
         if self.mesh is None or not (batch_axis or label_axis):
-            return OneDevice(chunk_size, loss)
+            return OneDevice(chunk_size, loss, transposed)
         context = jax.sharding.get_abstract_mesh()
         if _placement.manual_axes() and context.shape != self.mesh.shape:
             raise ValueError(
@@ -207,7 +166,7 @@ class Devices:
             )
         kinds = (AxisType.Auto,) * len(self.mesh.axis_names)
         mesh = Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=kinds)
-        return (kind or OnMesh)(chunk_size, loss, mesh, batch_axis, label_axis)
+        return (kind or OnMesh)(chunk_size, loss, transposed, mesh, batch_axis, label_axis)
 
     def _share(self, name: str, argument: str, axis: Axis, size: int) -> tuple[int, Axis]:
         """What one device has of `size`, and the axes that share it, of more than one device."""

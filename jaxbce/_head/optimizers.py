@@ -13,20 +13,27 @@ class Layout(NamedTuple):
     """The optimizer's state and program, as far as a compiled step depends on them."""
 
     structure: Any
-    by_label: tuple[bool, ...]  # which leaves of the state have a column, or a number, per label
+    axes: tuple[int | None, ...]  # which axis of each leaf of the state counts the labels, if one
     program: tuple[_program.Equation, ...]
 
     def split(self, state: Any) -> tuple[list[jax.Array], list[jax.Array]]:
         """The leaves by label, and the others, as the number of steps."""
-        leaves = list(zip(jax.tree.leaves(state), self.by_label, strict=True))
-        return [leaf for leaf, cut in leaves if cut], [leaf for leaf, cut in leaves if not cut]
+        leaves = list(zip(jax.tree.leaves(state), self.axes, strict=True))
+        by_label = [leaf for leaf, axis in leaves if axis is not None]
+        return by_label, [leaf for leaf, axis in leaves if axis is None]
 
     def join(self, by_label: Sequence[Any], others: Sequence[Any]) -> Any:
-        sources = {True: iter(by_label), False: iter(others)}
-        return jax.tree.unflatten(self.structure, [next(sources[cut]) for cut in self.by_label])
+        sources = {False: iter(by_label), True: iter(others)}
+        leaves = [next(sources[axis is None]) for axis in self.axes]
+        return jax.tree.unflatten(self.structure, leaves)
 
 
-def layout_of(name: str, optimizer: Any, params: Any, opt_state: Any) -> Layout:
+def label_axes(params: dict[str, Any], transposed: bool) -> dict[str, int]:
+    """The axis of each parameter that counts the labels."""
+    return {name: 0 if transposed else array.ndim - 1 for name, array in params.items()}
+
+
+def layout_of(name: str, optimizer: Any, params: Any, opt_state: Any, transposed: bool) -> Layout:
     """How the state is cut by label, and what the optimizer does to it."""
     if not isinstance(params, dict) or not {"kernel"} <= params.keys() <= {"kernel", "bias"}:
         raise TypeError(
@@ -47,9 +54,15 @@ def layout_of(name: str, optimizer: Any, params: Any, opt_state: Any) -> Layout:
             f"{name}: kernel must have at least one label and feature, got "
             f"{arrays['kernel'].shape}; there is nothing to train"
         )
-    num_labels = arrays["kernel"].shape[-1]
+    if arrays["kernel"].ndim != 2:
+        raise ValueError(
+            f"{name}: kernel must have two axes, of features and labels, got "
+            f"{arrays['kernel'].shape}"
+        )
+    param_axes = label_axes(arrays, transposed)
+    num_labels = arrays["kernel"].shape[param_axes["kernel"]]
     own, wider = (
-        jax.eval_shape(init, {argument: _shaped(a, number) for argument, a in arrays.items()})
+        jax.eval_shape(init, {n: _shaped(a, param_axes[n], number) for n, a in arrays.items()})
         for number in (num_labels, num_labels + 1)
     )
     expected = [leaf.shape for leaf in jax.tree.leaves(own)]
@@ -60,23 +73,27 @@ def layout_of(name: str, optimizer: Any, params: Any, opt_state: Any) -> Layout:
             f"{name}: opt_state must be optimizer.init(params), with arrays of shapes {expected}, "
             f"got {got}"
         )
-    by_label = []
+    axes: list[int | None] = []
     for shape, leaf in zip(expected, jax.tree.leaves(wider), strict=True):
-        columns = (*shape[:-1], num_labels), (*shape[:-1], num_labels + 1)
-        by_label.append((shape, leaf.shape) == columns)
-        if not by_label[-1] and shape != leaf.shape:
+        pairs = enumerate(zip(shape, leaf.shape, strict=False))
+        changed = [axis for axis, sizes in pairs if sizes == (num_labels, num_labels + 1)]
+        axes.append(changed[0] if changed else None)
+        grown = tuple(size + (axis in changed[:1]) for axis, size in enumerate(shape))
+        if leaf.shape != grown:
             raise ValueError(
                 f"{name}: optimizer keeps state of shape {shape}, which is not one column or "
                 "number for each label; use one that treats elements independently, as optax.adam "
                 "does"
             )
-    return Layout(structures[1], tuple(by_label), _read(name, optimizer, arrays, opt_state))
+    return Layout(structures[1], tuple(axes), _read(name, optimizer, arrays, opt_state))
 
 
-def _shaped(array: Any, num_labels: int | None = None) -> jax.ShapeDtypeStruct:
-    """What an array looks like, if need be for another number of labels."""
+def _shaped(array: Any, axis: int = 0, size: int | None = None) -> jax.ShapeDtypeStruct:
+    """What an array looks like, if need be of another size along an axis."""
     kind = jax.typeof(array)
-    shape = kind.shape if num_labels is None else (*kind.shape[:-1], num_labels)
+    shape = list(kind.shape)
+    if size is not None:
+        shape[axis] = size
     return jax.ShapeDtypeStruct(shape, kind.dtype)
 
 
@@ -121,17 +138,28 @@ def _read(name: str, optimizer: Any, params: Any, state: Any) -> tuple[_program.
 
 
 def check_by_label(
-    name: str, optimizer: Any, layout: Layout, params: Any, state: Any, other: int
+    name: str,
+    optimizer: Any,
+    layout: Layout,
+    params: Any,
+    param_axes: dict[str, int],
+    state: Any,
+    other: int,
 ) -> None:
     """Proves that a step treats each label apart, and `other` labels as all of them.
 
     The program is read for two numbers of labels. It must be the same, and an axis of which the
     size differs holds the labels: what has one must be computed label by label.
     """
-    num_labels = params["kernel"].shape[-1]
-    by_label, others = layout.split(state)
-    resized = layout.join([_shaped(array, other) for array in by_label], others)
-    program = _read(name, optimizer, {n: _shaped(a, other) for n, a in params.items()}, resized)
+    num_labels = params["kernel"].shape[param_axes["kernel"]]
+    leaves = zip(jax.tree.leaves(state), layout.axes, strict=True)
+    resized = [_shaped(leaf, axis or 0, None if axis is None else other) for leaf, axis in leaves]
+    program = _read(
+        name,
+        optimizer,
+        {n: _shaped(a, param_axes[n], other) for n, a in params.items()},
+        jax.tree.unflatten(layout.structure, resized),
+    )
     mixing = _program.what_mixes(layout.program, program)
     if mixing == "":
         raise ValueError(

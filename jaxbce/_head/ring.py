@@ -35,7 +35,7 @@ class OnRing(OnMesh):
         self, operands: chunks.Operands, with_gradients: bool
     ) -> tuple[jax.Array, chunks.Gradients]:
         arrays, dtype = operands._asdict(), operands.features.dtype
-        here, size = jax.lax.axis_index(self.label_axis), operands.kernel.shape[1]
+        here, size = jax.lax.axis_index(self.label_axis), self.num_labels(operands.kernel)
         names, steps = self.to_the_next()
 
         def pass_on(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -45,21 +45,23 @@ class OnRing(OnMesh):
             }
 
         def step(carry: Any, distance: jax.Array) -> tuple[Any, None]:
-            travelling, rows, gradients = carry
+            travelling, by_row, gradients = carry
             met = operands._replace(**travelling)
             # The gradient of a kernel of half precision is rounded once, not by every device.
             met = met._replace(kernel=met.kernel.astype(dtype))
-            offset = (here - distance) % len(steps) * size
-            more, parts = chunks.full_pass(met, self.loss, with_gradients, self.chunk_size, offset)
+            first_label = (here - distance) % len(steps) * size
+            more, parts = chunks.full_pass(self, met, with_gradients, first_label)
             gradients = {name: gradients[name] + part for name, part in parts.items()}
-            return (pass_on(travelling), rows + more, pass_on(gradients)), None
+            return (pass_on(travelling), by_row + more, pass_on(gradients)), None
 
         travelling = {
             name: arrays[name] for name in chunks.LABELLED if jax.tree.leaves(arrays[name])
         }
         wanted = chunks.differentiable(operands) if with_gradients else ()
         gradients = {name: jnp.zeros_like(arrays[name], dtype) for name in wanted}
-        start = travelling, jnp.zeros_like(operands.scale), gradients
+        start = travelling, jnp.zeros_like(operands.row_factor), gradients
         # After a step for each device, labels and gradients are at home.
-        (_, rows, gradients), _ = jax.lax.scan(step, start, jnp.arange(len(steps), dtype=jnp.int32))
-        return rows, gradients
+        (_, by_row, gradients), _ = jax.lax.scan(
+            step, start, jnp.arange(len(steps), dtype=jnp.int32)
+        )
+        return by_row, gradients

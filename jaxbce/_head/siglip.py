@@ -117,10 +117,10 @@ def _siglip(
     )
     operands = chunks.Operands(
         features=images.astype(dtype) * _math.exp(log_scale.astype(dtype)),
-        kernel=texts.T,
+        kernel=texts,
         bias=jnp.broadcast_to(bias.astype(dtype), batch),
         positives=positives,
-        scale=jnp.full(batch, _reduce.one_over(batch, dtype)),
+        row_factor=jnp.full(batch, _reduce.one_over(batch, dtype)),
     )
-    plan = devices.over(name, batch, batch, ChunkLoss(BCE), OnRing)
+    plan = devices.over(name, batch, batch, loss=ChunkLoss(BCE), transposed=True, kind=OnRing)
     return chunks.total_loss(plan, _placement.vary_together(operands))

@@ -1,7 +1,7 @@
 """The highest logits of a linear layer, chunk by chunk and device by device."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,16 @@ from jax.typing import ArrayLike
 
 from jaxbce import _checks, _placement
 from jaxbce._head import arguments
-from jaxbce._head.chunks import columns, matmul
+from jaxbce._head.chunks import OneDevice, matmul, part_of
 from jaxbce._head.mesh import Devices, OnMesh
 
 Candidates = tuple[jax.Array, jax.Array]  # logits of each row and their labels
-Layer = tuple[jax.Array, jax.Array, jax.Array | None]  # features, kernel and bias
+
+
+class Layer(NamedTuple):
+    features: jax.Array
+    kernel: jax.Array
+    bias: jax.Array | None
 
 
 def linear_top_k(
@@ -23,6 +28,7 @@ def linear_top_k(
     bias: ArrayLike | None = None,
     *,
     k: int,
+    transpose_kernel: bool = False,
     chunk_size: int | None = None,
     mesh: Mesh | None = None,
     batch_axis: str | tuple[str, ...] | None = None,
@@ -36,9 +42,10 @@ def linear_top_k(
 
     Args:
       features: float array [..., D].
-      kernel: float array [D, L].
+      kernel: float array [D, L], or [L, D] with transpose_kernel.
       bias: float array [L]; None is 0.
       k: how many, an int in [1, L].
+      transpose_kernel: True for a kernel [L, D], as `linear_bce_with_logits`.
       chunk_size: number of labels at a time, at least k of them; None chooses.
       mesh: devices to share the work, with axes of any type; None uses one, or what `jax.jit` makes
         of sharded inputs.
@@ -71,10 +78,12 @@ def linear_top_k(
     """
     name = "linear_top_k"
     devices = Devices.named(name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis)
+    _checks.check_flag(name, "transpose_kernel", transpose_kernel)
     arrays = _checks.jit_arguments(name, features=features, kernel=kernel, bias=bias)
-    num_labels = next(reversed(getattr(arrays[1], "shape", ())), None)
+    shape = getattr(arrays[1], "shape", None) or (None,)
+    num_labels = shape[0 if transpose_kernel else -1]
     _checks.check_size(name, "k", k, num_labels if isinstance(num_labels, int) else None)
-    return _top_k(*arrays, name=name, k=k, devices=devices)
+    return _top_k(*arrays, name=name, k=k, devices=devices, transposed=transpose_kernel)
 
 
 def _by_row_and_whole(features: Any, *_: Any, **__: Any) -> tuple[PartitionSpec, PartitionSpec]:
@@ -82,20 +91,28 @@ def _by_row_and_whole(features: Any, *_: Any, **__: Any) -> tuple[PartitionSpec,
     return spec, spec
 
 
-@_placement.compiled("name", "k", "devices", result=_by_row_and_whole)
+@_placement.compiled("name", "k", "devices", "transposed", result=_by_row_and_whole)
 def _top_k(
-    features: Any, kernel: Any, bias: Any, *, name: str, k: int, devices: Devices
+    features: Any,
+    kernel: Any,
+    bias: Any,
+    *,
+    name: str,
+    k: int,
+    devices: Devices,
+    transposed: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    features, kernel, bias = arguments.prepare_layer(name, features, kernel, bias)
-    num_labels = kernel.shape[1]
+    features, kernel, bias, num_labels = arguments.prepare_layer(
+        name, features, kernel, bias, transposed
+    )
     lead = features.shape[:-1]
     features = features.reshape(math.prod(lead), features.shape[-1])
-    plan = devices.over(name, features.shape[0], num_labels)
-    layer = features, kernel, bias
+    plan = devices.over(name, features.shape[0], num_labels, transposed=transposed)
+    layer = Layer(features, kernel, bias)
     if isinstance(plan, OnMesh):
         values, ids = best_of_devices(plan, k, layer)
     else:
-        values, ids = top_k_pass(*layer, k, plan.chunk_size)
+        values, ids = top_k_pass(plan, layer, k)
     return values.reshape(*lead, k), ids.reshape(*lead, k)
 
 
@@ -105,20 +122,19 @@ def best(values: jax.Array, ids: jax.Array, k: int) -> Candidates:
     return values, jnp.take_along_axis(ids, order, axis=1)
 
 
-def top_k_pass(
-    features: jax.Array, kernel: jax.Array, bias: jax.Array | None, k: int, chunk_size: int
-) -> Candidates:
+def top_k_pass(plan: OneDevice, layer: Layer, k: int) -> Candidates:
     """The k highest logits of each row and their labels; of equal ones, the lowest label first."""
-    num_labels = kernel.shape[1]
-    chunk_size = max(chunk_size, k)
+    features, kernel, bias = layer
+    axis = plan.label_axis_of("kernel")
+    num_labels, chunk_size = plan.num_labels(kernel), max(plan.chunk_size, k)
     whole = max(num_labels // chunk_size - 1, 0)
     first = num_labels - whole * chunk_size
 
     def best_of(start: jax.Array | int, size: int) -> Candidates:
-        part = columns(kernel, start, size).astype(features.dtype)
-        logits = matmul(features, part, 1, 0)
+        part = part_of(kernel, axis, start, size).astype(features.dtype)
+        logits = matmul(features, part, 1, 1 if plan.transposed else 0)
         if bias is not None:
-            logits += columns(bias, start, size).astype(logits.dtype)[None]
+            logits += part_of(bias, 0, start, size).astype(logits.dtype)[None]
         values, ids = jax.lax.top_k(logits, k)
         return values, ids + start
 
@@ -139,18 +155,15 @@ def top_k_pass(
 
 
 def layer_specs(plan: OnMesh, layer: Layer) -> Any:
-    names = ("features", "kernel", "bias")
-    return tuple(
-        None if array is None else plan.specs()[name]
-        for name, array in zip(names, layer, strict=True)
-    )
+    specs: dict[str, Any] = plan.specs()
+    return Layer(specs["features"], specs["kernel"], None if layer.bias is None else specs["bias"])
 
 
 def candidates(plan: OnMesh, k: int, layer: Layer) -> Candidates:
     """The best of a device's own labels."""
-    most = min(k, layer[1].shape[1])
-    values, ids = top_k_pass(*layer, most, plan.chunk_size)
-    return values, ids + plan.offset(layer[1])
+    most = min(k, plan.num_labels(layer.kernel))
+    values, ids = top_k_pass(plan, layer, most)
+    return values, ids + plan.first_label(layer.kernel)
 
 
 # best_of_devices = the best of all candidates. The cotangent of a result belongs to the candidate

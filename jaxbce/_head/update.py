@@ -1,6 +1,5 @@
 """A training step of the head in which the gradient of its kernel never exists as a whole."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -12,8 +11,9 @@ from jax.typing import ArrayLike
 
 from jaxbce import _checks, _math, _placement, _reduce
 from jaxbce._head import arguments, chunks, optimizers
+from jaxbce._head.chunks import OneDevice
 from jaxbce._head.loss import ChunkLoss, built_in_loss, own_loss
-from jaxbce._head.mesh import Devices
+from jaxbce._head.mesh import Devices, OnMesh
 from jaxbce._loss import Loss
 
 
@@ -51,6 +51,7 @@ def linear_update(
     where: ArrayLike | None = None,
     ignored: ArrayLike | None = None,
     reduction: str = "mean",
+    transpose_kernel: bool = False,
     chunk_size: int | None = None,
     rounding_key: jax.Array | None = None,
     mesh: Mesh | None = None,
@@ -74,7 +75,7 @@ def linear_update(
         Numbers that it reads elsewhere are compiled in, and a call without `jax.jit` compiles anew
         when they change.
       features: float array [..., D].
-      params: {"kernel": [D, L]} or {"kernel": [D, L], "bias": [L]}.
+      params: {"kernel": [D, L]} or {"kernel": [D, L], "bias": [L]}; [L, D] with transpose_kernel.
       opt_state: optimizer.init(params), or what the last step returned. Each array keeps its dtype:
         init of parameters in float32 is a state in float32.
       loss: a function of logits, labels and numbers per label, as in `linear_loss`; None is that of
@@ -89,6 +90,7 @@ def linear_update(
       where: bool array that broadcasts to [..., L]; None keeps everything.
       ignored: integer array [..., I] of label ids to leave out of each row, padded with -1.
       reduction: "mean", "weighted_mean", "sum" or "batchmean", as in `linear_bce_with_logits`.
+      transpose_kernel: True for a kernel [L, D]; so are its moments.
       chunk_size: number of labels at a time; None chooses.
       rounding_key: a key of `jax.random`, another one for each step. Parameters and state in half
         precision are then rounded up or down at random, so that the expected value is exact and a
@@ -143,7 +145,8 @@ def linear_update(
             f"{name}: per_label belongs to a loss of your own, got loss=None; pass a loss, or "
             "pos_weight"
         )
-    layout = optimizers.layout_of(name, optimizer, params, opt_state)
+    _checks.check_flag(name, "transpose_kernel", transpose_kernel)
+    layout = optimizers.layout_of(name, optimizer, params, opt_state, transpose_kernel)
     if rounding_key is not None and not any(map(_is_narrow, jax.tree.leaves((params, opt_state)))):
         raise ValueError(
             f"{name}: rounding_key is for parameters or state in half precision, got "
@@ -177,6 +180,7 @@ def linear_update(
         optimizer=optimizer,
         layout=layout,
         devices=devices,
+        transposed=transpose_kernel,
     )
 
 
@@ -196,7 +200,9 @@ def _specs(given: arguments.Given, opt_state: Any, *_: Any, **__: Any) -> Any:
     return LinearUpdate(*specs)
 
 
-@_placement.compiled("name", "reduction", "loss", "optimizer", "layout", "devices", result=_specs)
+@_placement.compiled(
+    *("name", "reduction", "loss", "optimizer", "layout", "devices", "transposed"), result=_specs
+)
 def _update(
     given: arguments.Given,
     opt_state: Any,
@@ -208,39 +214,51 @@ def _update(
     optimizer: Any,
     layout: optimizers.Layout,
     devices: Devices,
+    transposed: bool,
 ) -> LinearUpdate:
-    _, operands, _ = arguments.prepare(given, name=name, reduction=reduction, loss=loss)
+    _, operands, _, (batch, num_labels) = arguments.prepare(
+        given, name=name, reduction=reduction, loss=loss, transposed=transposed
+    )
     params = {"kernel": operands.kernel}
     if operands.bias is not None:
         params["bias"] = operands.bias
     opt_state = jax.tree.map(jnp.asarray, opt_state)
-    state, others = layout.split(opt_state)
+    plan = devices.over(name, batch, num_labels, loss=loss, transposed=transposed)
+    axes = optimizers.label_axes(params, transposed)
+    other = plan.chunk_size if plan.chunk_size < num_labels else num_labels + 1
+    optimizers.check_by_label(name, optimizer, layout, params, axes, opt_state, other)
 
-    def new_columns(
-        gradients: Any, columns: Any, others: Any, key: Any, start: Any
-    ) -> tuple[Any, Any]:
+    def new_parts(gradients: Any, parts: Any, others: Any, key: Any, start: Any) -> tuple[Any, Any]:
         """(Parameters, state) of the labels from `start` on, and the other state, after a step."""
-        params, state = columns
+        params, state = parts
         params, state = optimizers.step(optimizer, gradients, params, layout.join(state, others))
         state, new_others = layout.split(state)
         # The rest of the state is the same for all chunks: its key is that of no label.
         return (
-            _rounded((params, state), columns, _key(key, start)),
+            _rounded((params, state), parts, _key(key, start)),
             _rounded(new_others, others, _key(key, num_labels)),
         )
 
-    plan = devices.over(name, *operands.sizes(), loss)
-    num_labels = operands.kernel.shape[1]
-    other = plan.chunk_size if plan.chunk_size < num_labels else num_labels + 1
-    optimizers.check_by_label(name, optimizer, layout, params, opt_state, other)
-    pass_over = functools.partial(update_pass, new_columns)
-    rows, slope, (params, state), others = plan.update(
-        pass_over, operands, (params, state), others, key
-    )
+    state, others = layout.split(opt_state)
+    by_label = ByLabel((params, state), (axes, [axis for axis in layout.axes if axis is not None]))
+
+    def local(operands: chunks.Operands, arrays: Any, others: Any, key: Any) -> Any:
+        return update_pass(plan, new_parts, operands, by_label._replace(arrays=arrays), others, key)
+
+    if isinstance(plan, OnMesh):
+        specs = plan.specs()
+        placed = jax.tree.map(plan.spec_of_labels, by_label.arrays, by_label.axes)
+        whole = jax.tree.map(lambda _: PartitionSpec(), (others, key))
+        local = plan.shard(
+            local,
+            (plan.operand_specs(operands), placed, *whole),
+            (specs["row_factor"], specs["features"], placed, whole[0]),
+        )
+    by_row, by_features, (params, state), others = local(operands, by_label.arrays, others, key)
     features = jnp.asarray(given.features)
     return LinearUpdate(
-        chunks.scaled_sum(rows, operands),
-        slope.reshape(features.shape).astype(features.dtype),
+        chunks.scaled_sum(by_row, operands),
+        by_features.reshape(features.shape).astype(features.dtype),
         params,
         layout.join(state, others),
     )
@@ -312,68 +330,89 @@ def round_with(noise: jax.Array, values: jax.Array, dtype: Any) -> jax.Array:
     return jnp.where(jnp.isfinite(values), rounded, values.astype(dtype))
 
 
+class ByLabel(NamedTuple):
+    """Parameters and state with a part for each label, and the axes that count the labels."""
+
+    arrays: Any
+    axes: Any
+
+    def read(self, start: jax.Array | int, size: int) -> Any:
+        def part(array: jax.Array, axis: int) -> jax.Array:
+            return chunks.part_of(array, axis, start, size)
+
+        return jax.tree.map(part, self.arrays, self.axes)
+
+    def written(self, parts: Any, start: jax.Array | int) -> "ByLabel":
+        def written(array: jax.Array, axis: int, part: jax.Array) -> jax.Array:
+            return chunks.write(array, axis, part, start)
+
+        return self._replace(arrays=jax.tree.map(written, self.arrays, self.axes, parts))
+
+    def chosen(self, labels: jax.Array, new: Any, old: Any) -> Any:
+        """The `new` parts of some `labels`, and the `old` ones of the others."""
+
+        def chosen(new: jax.Array, axis: int, old: jax.Array) -> jax.Array:
+            others = [i for i in range(new.ndim) if i != axis]
+            return jnp.where(jnp.expand_dims(labels, others), new, old)
+
+        return jax.tree.map(chosen, new, self.axes, old)
+
+
 def update_pass(
-    new_columns: Callable[..., Any],
+    plan: OneDevice,
+    new_parts: Callable[..., Any],
     operands: chunks.Operands,
-    columns: Any,
+    by_label: ByLabel,
     others: Any,
     key: jax.Array | None,
-    loss: ChunkLoss,
-    chunk_size: int,
-    offset: jax.Array | int = 0,
-    total: Callable[[str, jax.Array], jax.Array] = lambda name, part: part,
 ) -> tuple[jax.Array, jax.Array, Any, Any]:
-    """The loss of each row, the gradient of the features, and what `columns`, others` become.
-
-    `total` sums the gradient of a parameter over the devices that share its labels.
+    """The loss of each row, the gradient of the features, and what `by_label` and others become.
 
     A chunk is written one turn after it was read, and waits in the loop's carry. So no array is
     read after it is written in the same turn, which would make XLA copy the whole of it.
     """
-    num_labels = operands.kernel.shape[1]
+    chunk_size, num_labels = plan.chunk_size, plan.num_labels(operands.kernel)
+    first_label = plan.first_label(operands.kernel)
 
-    def read(columns: Any, start: jax.Array | int) -> Any:
-        return jax.tree.map(lambda array: chunks.columns(array, start, chunk_size), columns)
-
-    def write(columns: Any, part: Any, start: jax.Array | int) -> Any:
-        return jax.tree.map(lambda array, new: chunks.write(array, new, start), columns, part)
-
-    def one_chunk(columns: Any, first: jax.Array | int) -> tuple[jax.Array, ...]:
+    def one_chunk(by_label: ByLabel, first: jax.Array | int) -> tuple[Any, ...]:
         """Of the labels from `first` on: the loss of each row, the gradients, what they become."""
         # The last chunk is as large as the others and starts among labels that are done.
         start = jnp.minimum(first, num_labels - chunk_size)
         due = None
         if num_labels % chunk_size:
             due = start + jnp.arange(chunk_size, dtype=jnp.int32) >= first
-        params = columns[0]
+        params = by_label.arrays[0]
         now = operands._replace(kernel=params["kernel"], bias=params.get("bias"))
-        rows, parts = chunks.chunk_pass(now, loss, True, offset, start, chunk_size, due)
-        gradients = {
-            argument: total(argument, parts[argument]).astype(_math.accumulator(array))
-            for argument, array in params.items()
+        by_row, gradients = chunks.chunk_pass(plan, now, True, first_label, start, chunk_size, due)
+        of_params = {
+            name: plan.total(name, gradients[name]).astype(_math.accumulator(array))
+            for name, array in params.items()
         }
-        old = read(columns, start)
-        new, new_others = new_columns(gradients, old, others, key, offset + start)
+        old = by_label.read(start, chunk_size)
+        new, new_others = new_parts(of_params, old, others, key, first_label + start)
         if due is not None:
-            new = jax.tree.map(lambda after, before: jnp.where(due, after, before), new, old)
-        return rows, parts["features"], new, start, new_others
+            new = by_label.chosen(due, new, old)
+        return by_row, gradients["features"], new, start, new_others
 
     if chunk_size == num_labels:
-        rows, slope, columns, _, others = one_chunk(columns, 0)
-        return rows, slope, columns, others
+        by_row, by_features, arrays, _, others = one_chunk(by_label, 0)
+    else:
 
-    def turn(carry: Any, first: jax.Array) -> tuple[Any, None]:
-        rows, slope, columns, new, written_at, _ = carry
-        columns = write(columns, new, written_at)
-        more, more_slope, *rest = one_chunk(columns, first)
-        return (rows + more, slope + more_slope, columns, *rest), None
+        def turn(carry: Any, first: jax.Array) -> tuple[Any, None]:
+            by_row, by_features, arrays, new, written_at, _ = carry
+            now = by_label._replace(arrays=arrays).written(new, written_at)
+            more, more_of_features, *rest = one_chunk(now, first)
+            sums = by_row + more, by_features + more_of_features
+            return (*sums, now.arrays, *rest), None
 
-    batch, width = operands.features.shape
-    dtype = _math.accumulator(operands.features)
-    sums = jnp.zeros(batch, dtype), jnp.zeros((batch, width), dtype)
-    (rows, slope), _ = _placement.vary_together((sums, operands))
-    firsts = jnp.arange(-(-num_labels // chunk_size), dtype=jnp.int32) * chunk_size
-    start = firsts[0]
-    carry = rows, slope, columns, read(columns, start), start, others
-    (rows, slope, columns, new, start, others), _ = jax.lax.scan(turn, carry, firsts)
-    return rows, slope, write(columns, new, start), others
+        batch, width = operands.features.shape
+        dtype = _math.accumulator(operands.features)
+        zeros = jnp.zeros(batch, dtype), jnp.zeros((batch, width), dtype)
+        sums, _ = _placement.vary_together((zeros, operands))
+        firsts = jnp.arange(-(-num_labels // chunk_size), dtype=jnp.int32) * chunk_size
+        start = firsts[0]
+        carry = *sums, by_label.arrays, by_label.read(start, chunk_size), start, others
+        carry, _ = jax.lax.scan(turn, carry, firsts)
+        by_row, by_features, arrays, new, start, others = carry
+        arrays = by_label._replace(arrays=arrays).written(new, start).arrays
+    return plan.total("row_factor", by_row), plan.total("features", by_features), arrays, others

@@ -40,7 +40,7 @@ def _jit_argument(name: str, argument: str, values: Any) -> Any:
             f"{values.dtype}; pass one of a float, integer or bool dtype"
         )
     if _is_narrowed(values):
-        # As JAX would, but a large number becomes the largest, and not some small one.
+        # JAX would keep the lower 32 bits. Here a number that is too large becomes the largest.
         info = np.iinfo(jax.dtypes.canonicalize_dtype(values.dtype))
         return np.clip(values, info.min, info.max).astype(info.dtype)
     return values
@@ -223,7 +223,7 @@ def positives(
             f"{one_each if ids.shape == shape[:-1] else rows}"
         )
     if ids.dtype.itemsize < 4:
-        ids = ids.astype(jnp.int32)  # so that num_labels fits; a wide id is narrowed only below
+        ids = ids.astype(jnp.int32)  # num_labels must fit; wider ids are narrowed at the end
     inside = (ids >= 0) & (ids < num_labels)
     ok = inside if jnp.issubdtype(ids.dtype, jnp.unsignedinteger) else inside | (ids == -1)
     if keep is not None:

@@ -55,7 +55,7 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
     def with_checks(*args: P.args, **kwargs: P.kwargs) -> R:
         if _checks.values_are_checked():
             return fn(*args, **kwargs)
-        # A copy: an NNX module would be left without its parameters where tracing it fails.
+        # A copy, because an NNX module loses its parameters where tracing it fails.
         args, kwargs = jax.tree.map(lambda leaf: leaf, (args, kwargs))
         for values in jax.tree.leaves((args, kwargs)):
             _refuse_traced(values)

@@ -330,7 +330,7 @@ def evaluate_arrays(
         weight = None if weight is None else jnp.where(keep, weight, 0)
     y = smoothed(y)
     if program and keep is not None:
-        # A loss of the user's may be infinite at what is in the place of the masked.
+        # A user's loss may be infinite at the numbers that replace what is masked.
         values = jnp.where(keep, mapped(x, jnp.where(keep, y, 0), *extras).astype(dtype), 0)
     else:
         values = mapped(x, y, *extras).astype(dtype)

@@ -33,20 +33,20 @@ Partials = Callable[..., tuple[jax.Array | None, ...]]
 
 def along(tangents: Any, slopes: Any, like: jax.Array) -> jax.Array:
     """Σ tangent · slope, without what is constant or has no derivative."""
-    # The tangents are not tested for zero by value: that could not be transposed.
+    # A test of a tangent's value for zero would break transposition, which reverse mode needs.
     terms = [
         tangent * slope
         for tangent, slope in zip(tangents, slopes, strict=True)
         if slope is not None and not isinstance(tangent, SymbolicZero)
     ]
-    # None where all that moves has no derivative, as a label in what no longer depends on it.
+    # No term is left where the result depends on nothing that is differentiated.
     total: jax.Array = functools.reduce(operator.add, terms) if terms else jnp.zeros_like(like)
     return total
 
 
 def with_jvp(value: Kernel, partials: Partials) -> Kernel:
     """`value` with `partials` as its derivatives, in forward and reverse mode."""
-    # Traced once as a scalar, whatever it is mapped over.
+    # `inline` keeps the program as it was; JAX traces the scalar once, whatever it is mapped over.
     kernel = jax.custom_jvp(jax.jit(value, inline=True))
 
     def jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
@@ -104,8 +104,8 @@ def multiply_no_nan_partials(
 multiply_no_nan = with_jvp(multiply_no_nan_value, multiply_no_nan_partials)
 
 
-# product(a, b) = a b, where an a of 0 annihilates an infinite b. So does its slope, which is taken
-# to be 0 there: in a loss, b is infinite at infinite logits only, and a then constant
+# product(a, b) = a b, where an a of 0 annihilates an infinite b. The slope by a would then be b,
+# infinite. It is 0: in a loss b is infinite only at infinite logits, where a no longer changes.
 
 
 def product_partials(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -126,9 +126,9 @@ def log(x: jax.Array) -> jax.Array:
 
 def corrected_quotient(n: jax.Array, d: jax.Array) -> jax.Array:
     q = n / d
-    # The residual is small and nearly exact, so that what is left is the rounding of the sum.
+    # n - q d is small and nearly exact, so only the last sum is rounded.
     correction = (n - q * d) / d
-    # A sum that is tested, and so read twice, XLA on a GPU may write to memory.
+    # The correction is tested and not the sum: XLA on a GPU may write to memory what is read twice.
     return q + jnp.where(jnp.isfinite(correction), correction, 0)
 
 
@@ -155,10 +155,10 @@ def log1p_unit(t: jax.Array) -> jax.Array:
     """log(1 + t) for t in [0, 1], in float32 to 1 ULP."""
     if t.dtype != jnp.float32:
         return lax.log1p(t, accuracy=HIGHEST)
-    # XLA's log1p on a CPU is 2 ULP off where it takes the logarithm of the rounded 1 + t. With
-    # s = t / (2 + t), log(1 + t) = 2 atanh(s) = 2 s + 2 s³ / 3 + ... and 2 s = t - s t: what is
-    # rounded is small beside t. The minimum changes nothing: a quotient that is used twice XLA on a
-    # CPU would write to memory.
+    # XLA's log1p on a CPU is 2 ULP off, because it takes the logarithm of the rounded 1 + t. With
+    # s = t / (2 + t), log(1 + t) = 2 atanh(s) = 2 s + 2 s³ / 3 + ..., and 2 s = t - s t. Here only
+    # small corrections to t are rounded. The minimum changes no number: without it XLA on a CPU
+    # writes the quotient to memory, because it is used twice.
     s = jnp.minimum(quotient(t, 2 + t), 1)
     z = s * s
     return t - s * (t - z * log1p_series(z))
@@ -178,7 +178,7 @@ def linear_and_curved(x: jax.Array, slope: jax.Array, curvature: jax.Array | flo
 def sigmoid_tail(x: jax.Array) -> jax.Array:
     """sigmoid(-|x|), which is at most 1/2."""
     t = exp(-jnp.abs(x))
-    # t / (1 + t) = t - t (t / (1 + t)): the roundings of 1 + t and of the quotient count t times.
+    # t / (1 + t) = t - t (t / (1 + t)), which multiplies the errors of 1 + t and of / by t.
     return t - t * quotient(t, 1 + t)
 
 
@@ -287,8 +287,8 @@ def tanh_half_partials(x: jax.Array) -> tuple[jax.Array]:
 tanh_half = with_jvp(tanh_half_value, tanh_half_partials)
 
 
-# recomputed(x) = x, for the derivatives of a loss: what they and the loss share, XLA would write to
-# memory. It does not know that the two are equal.
+# recomputed(x) = x, written so that XLA does not see it. A derivative of `recomputed(x)` shares no
+# term with the loss of x. XLA would write a shared term to memory; computing it twice is cheaper.
 
 
 def recomputed_value(x: jax.Array) -> jax.Array:

@@ -106,13 +106,14 @@ def compiled(*static: str, result: Callable[..., Any]) -> Callable[[Function], F
 
 
 def vary_together(arrays: Arrays) -> Arrays:
-    """Inside `jax.shard_map`, the arrays as if each differed between all devices that any does.
+    """Inside `jax.shard_map`, the arrays marked as varying over the same axes of the mesh.
 
-    The gradient of one that is the same on several devices is then summed over them.
+    `jax.shard_map` accepts them together then. The gradient of an array that is the same on several
+    devices is summed over them.
     """
     if not manual_axes():
         return arrays
-    # The sum of nothing is 0, and varies over the axes that its argument varies over.
+    # The sum of an empty part is 0. JAX marks it as varying wherever the array does.
     zero = jnp.float32(0)
     for array in jax.tree.leaves(jax.lax.stop_gradient(arrays)):
         zero += jnp.sum(jnp.ravel(array)[:0].astype(jnp.float32))

@@ -112,14 +112,14 @@ def count_true(where: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.Array
     """The number of True elements, of which there may be more than an int32 counts."""
     size = math.prod(where.shape[axis] for axis in axes)
     if isinstance(size, int) and size <= 2**24:
-        # Exact in float32, and of int8 it needs no copy of the mask on a CPU.
+        # Up to 2^24 a float32 counts exactly. From int8 a CPU needs no copy of the mask.
         ones = where.astype(jnp.int8)
         return jnp.sum(ones, axes, dtype=jnp.float32, keepdims=True).astype(dtype)
     ones = jnp.sum(where, axes[-1], dtype=jnp.int32, keepdims=True)
     return jnp.sum(ones.astype(dtype), axes[:-1], keepdims=True)
 
 
-# The head counts rows and labels, whose losses it never holds side by side.
+# The divisors of the head. It never holds all losses, so it counts rows and labels.
 
 
 def kept_labels(

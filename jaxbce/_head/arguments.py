@@ -128,19 +128,22 @@ def prepare(
     if weight is not None:
         weight = _checks.shaped(name, "weight", weight, lead, "(...,)").astype(dtype)
         weight = weight.reshape(batch)
-    some = None if kept is None else kept != 0
-    counted = _reduce.counted(weight, some)
-    keep = some
+    row_kept = None if kept is None else kept != 0  # has a label that no mask leaves out
+    row_counted = _reduce.counted(weight, row_kept)  # nor a weight of 0
+    used = row_kept
     if weight is not None:
-        keep = _reduce.kept(jnp.max(jnp.abs(features), axis=1, initial=0), weight, some)
-    if keep is not None:
+        largest = jnp.max(jnp.abs(features), axis=1, initial=0)
+        used = _reduce.kept(largest, weight, row_kept)
+    if used is not None:
         # Before anything is computed of them, so that no NaN reaches a gradient.
-        features = jnp.where(keep[:, None], features, 0)
-        weight = None if weight is None else jnp.where(keep, weight, 0)
+        features = jnp.where(used[:, None], features, 0)
+        weight = None if weight is None else jnp.where(used, weight, 0)
 
     if positives is not None:
-        rows_kept = None if counted is None else counted.reshape(lead)
-        positives = _checks.positives(name, positives, num_labels, rows_of=rows_of, keep=rows_kept)
+        checked_rows = None if row_counted is None else row_counted.reshape(lead)
+        positives = _checks.positives(
+            name, positives, num_labels, rows_of=rows_of, keep=checked_rows
+        )
         positives = positives.reshape(batch, positives.shape[-1])
     else:
         labels = _checks.shaped(name, "labels", labels, (*lead, num_labels), "(..., labels)")
@@ -168,11 +171,11 @@ def prepare(
     )
     if isinstance(loss.loss, Loss) and _checks.values_are_checked():  # a function may take any
         mask = chunks.chunk_mask(operands, 0, 0, num_labels)
-        if counted is not None:
-            mask = counted[:, None] if mask is None else mask & counted[:, None]
+        if row_counted is not None:
+            mask = row_counted[:, None] if mask is None else mask & row_counted[:, None]
         if "pos_weight" in loss.per_label:
-            some_row = None if mask is None else jnp.any(mask, axis=0)
-            _checks.check_not_negative(name, "pos_weight", numbers[0], some_row)
+            label_counted = None if mask is None else jnp.any(mask, axis=0)
+            _checks.check_not_negative(name, "pos_weight", numbers[0], label_counted)
         if labels is not None:
             _checks.check_unit_interval(name, "labels", labels.astype(dtype), mask)
     return lead, _placement.vary_together(operands), weight, (batch, num_labels)

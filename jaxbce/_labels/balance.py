@@ -155,7 +155,7 @@ def _counts(
     else:
         _ids.check_num_labels(name, num_labels)
         count, kept = _sparse_counts(positives, where, ignored, name=name, num_labels=num_labels)
-    # Large floats are rounded, each sum in its own way: no negatives may come out as less than 0.
+    # The two sums are rounded differently, so a large one may leave less than 0 negatives.
     negatives = kept - count
     return count, jnp.where(negatives < 0, 0, negatives)
 
@@ -174,7 +174,7 @@ def _dense_counts(labels: Any, where: Any, *, name: str) -> tuple[jax.Array, jax
     labels = _ids.check_labels(name, labels)
     where = _checks.mask(name, where, "labels", labels.shape)
     dtype = jnp.float64 if labels.dtype == jnp.float64 else jnp.float32
-    # Whole numbers are summed in int32, exactly; one after another, float32 ones stop at 2^24.
+    # Summed in int32: a float32 stops counting at 2^24 when ones are added to it.
     labels = labels.astype(dtype if jnp.issubdtype(labels.dtype, jnp.floating) else jnp.int32)
     masked = labels if where is None else jnp.where(where, labels, 0)
     _checks.check_values(name, "labels", masked, (masked >= 0) & (masked <= 1), "in [0, 1]")
@@ -203,15 +203,15 @@ def _sparse_counts(
 
 def _rows_with(ids: jax.Array, where: Any, num_labels: int) -> jax.Array:
     """For each label the number of rows whose `ids` have it, where it is kept."""
-    # Sorted, a duplicate stands beside its like.
+    # In sorted ids a duplicate follows its twin.
     ids = jnp.sort(ids, axis=-1)
     counted = jnp.diff(ids, axis=-1, prepend=-1) != 0
     if where is not None:
-        # `where` is read at each id in its own shape: broadcast it would be as large as the labels.
+        # `where` is read in its own shape. Broadcast, it would be as large as the dense labels.
         at = jnp.zeros_like(ids) if where.shape[-1] == 1 else ids
         counted &= jnp.take_along_axis(where, at, axis=-1, mode="fill", fill_value=False)
     ids = jnp.where(counted, ids, num_labels)
-    # A float32, to which they are added one after another, would stop at 2^24; uint32 at 2^32.
+    # Ones are added one after another: a float32 would stop at 2^24, a uint32 at 2^32.
     return jnp.zeros(num_labels, jnp.uint32).at[ids].add(1, mode="drop")
 
 

@@ -67,7 +67,7 @@ def ones_at(
         return jnp.any(ids[..., None] == labels, axis=-2).astype(dtype)
 
     def scattered(ids: jax.Array, first: jax.Array) -> jax.Array:
-        # One past the end is dropped; a negative index would wrap around even so.
+        # mode="drop" drops an index past the end, but lets a negative one wrap around.
         local = jnp.where(ids < first, num_labels, ids - first)
 
         def row(local: jax.Array) -> jax.Array:
@@ -89,8 +89,8 @@ def labels_of(
         raise ValueError(f"{name}: logits must have an axis of labels, got ()")
     rows = None if counted is None else jnp.any(counted, axis=-1)
     ids = _checks.positives(name, positives, shape[-1], rows_of=("logits", shape), keep=rows)
-    # One byte each: XLA reads it in the loop of the loss and keeps no wider copy. On a CPU some of
-    # its versions scatter bfloat16 as float32.
+    # uint8, which XLA converts in the loop of the loss. On a CPU some versions of XLA scatter
+    # bfloat16 as float32.
     return ones_at(ids, shape[-1], jnp.uint8)
 
 
@@ -166,8 +166,8 @@ def _positives_of(labels: Any, *, name: str, max_positives: int) -> jax.Array:
         return jnp.full((*labels.shape[:-1], max_positives), -1, jnp.int32)
 
     def row(labels: jax.Array) -> jax.Array:
-        # `jax.numpy.nonzero` would hold several int32 for each label. Eight labels to a byte, only
-        # the bytes are counted: the nth positive is in the first one up to which n are counted.
+        # `jax.numpy.nonzero` would hold several int32 for each label. With eight labels in a byte,
+        # only bytes are counted: the nth positive is in the first byte up to which n are counted.
         packed = jnp.packbits(labels.astype(bool), bitorder="little")
         in_byte = jax.lax.population_count(packed).astype(jnp.int32)
         counted = jnp.cumsum(in_byte)
@@ -177,7 +177,7 @@ def _positives_of(labels: Any, *, name: str, max_positives: int) -> jax.Array:
         rank = nth - (counted - in_byte).at[at].get(mode="clip")
         for lower in range(1, 8):
             byte = jnp.where(rank > lower, byte & (byte - 1), byte)  # without its lowest bit
-        # Now its lowest bit is the positive; below it are as many bits as its place in the byte.
+        # Its lowest bit is now the positive. The number of bits below is its place in the byte.
         place = jax.lax.population_count(~byte & (byte - 1)).astype(jnp.int32)
         return jnp.where(at < packed.size, 8 * at + place, -1)
 

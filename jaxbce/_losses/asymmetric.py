@@ -42,7 +42,7 @@ def sigmoid_power(k: float) -> _math.Kernel:
 
 def kink(clip: float, dtype: Any) -> tuple[float, float]:
     """Where p = clip, x0 = log(clip / (1 - clip)): as a number of `dtype`, and what that lacks."""
-    # A float64 lacks more than float64 arithmetic can tell.
+    # In float64 the remainder of x0 is below the arithmetic's own precision.
     digits, p = decimal.Context(prec=50), decimal.Decimal(clip)
     x0 = digits.ln(digits.divide(p, digits.subtract(1, p)))
     rounded = float(np.asarray(float(x0), dtype))

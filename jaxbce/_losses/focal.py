@@ -42,15 +42,15 @@ def m_value(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def log_m_in_exponent(x: jax.Array, y: jax.Array) -> jax.Array:
     """log m, of which an exponent needs no relative accuracy where it is near 0."""
-    # For a hard label m is p or q, whose logarithm is right also where it underflows.
+    # For a hard label m is p or q. Their logarithm is right even where they underflow to 0.
     hard, of_hard = (y == 0) | (y == 1), -bce.value(x, 1 - y)
     logarithm = jnp.where(hard, of_hard, _math.log(m_value(x, y)))
-    return jnp.maximum(logarithm, -float(jnp.finfo(x.dtype).max))  # finite: a term of 0 is left 0
+    return jnp.maximum(logarithm, -float(jnp.finfo(x.dtype).max))  # finite, so that 0 · log m is 0
 
 
 def log_m_value(x: jax.Array, y: jax.Array) -> jax.Array:
     p_t = _math.sigmoid_mix_value(x, y, y - 1)
-    near_1 = (y > 0) & (y < 1) & (p_t < 0.25)  # above, some versions of XLA lose digits
+    near_1 = (y > 0) & (y < 1) & (p_t < 0.25)  # log1p loses digits above, in some XLA
     return jnp.where(near_1, lax.log1p(-p_t, accuracy=_math.HIGHEST), log_m_in_exponent(x, y))
 
 
@@ -73,9 +73,10 @@ def focal_term(k: float, j: int, f: str) -> _math.Kernel:
             return multiply_no_nan_value(
                 lax.integer_pow(m, int(k)) * lax.integer_pow(pq, j), factor
             )
-        # m^k (p q)^j = m^(k + j) (p q / m)^j with p q / m <= 1, so that no power that overflows
-        # meets one that underflows; c and s are divided by an m too. Where m itself underflows the
-        # label is hard and m the smaller of p and q; so are p q, c and |s|.
+        # m^k with a negative k can overflow while (p q)^j underflows. So both are written as
+        # m^(k + j) (p q / m)^j, where p q / m <= 1. c and s are divided by an m in the same way.
+        # Where m underflows, the label is hard, and m, p q, c and |s| are all the smaller of p and
+        # q: the quotients are 1.
         info = jnp.finfo(x.dtype)
         vanished = m < info.tiny
         ratio = jnp.where(vanished, 1, _math.quotient(pq, m))
@@ -84,7 +85,9 @@ def focal_term(k: float, j: int, f: str) -> _math.Kernel:
             exponent = exponent + 1
             limit = 1 if f == "c" else 1 - 2 * y
             factor = jnp.where(vanished, limit, _math.quotient(factor, m))
-        # Finite, with room for coefficients: a tangent of 0 annihilates it, and opposites can meet.
+        # The power stays below the largest float by a factor of e^7, about 1000. `partials`
+        # multiplies it by exponents and subtracts such terms. From an infinite one it would make
+        # ∞ - ∞ or 0 · ∞, which are NaN.
         power = _math.exp(jnp.minimum(exponent * log_m_in_exponent(x, y), math.log(info.max) - 7))
         return multiply_no_nan_value(power * lax.integer_pow(ratio, j), factor)
 

@@ -118,7 +118,8 @@ class BCEWithLogitsLoss:
         return hash(self._key)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy is made anew: pickled arrays may be written, and a hash differs by process.
+        # Made anew from its arguments: unpickled arrays can be written to, and a hash of bytes
+        # differs from process to process.
         return type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     def __repr__(self) -> str:

@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxbce import _checks, _math, _placement
@@ -111,11 +110,7 @@ def _apply(name: str, kernel: _math.Kernel, x: ArrayLike) -> jax.Array:
     return _mapped(admitted, name=name, kernel=kernel)
 
 
-def _as_x(x: Any, **_: Any) -> PartitionSpec:
-    return _placement.common_spec(x)
-
-
-@_placement.compiled("name", "kernel", result=_as_x)
+@_placement.compiled("name", "kernel", result=_placement.as_first)
 def _mapped(x: Any, *, name: str, kernel: _math.Kernel) -> jax.Array:
     array = _checks.real(name, "x", x)
     dtype = _math.accumulator(array)

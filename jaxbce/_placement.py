@@ -62,9 +62,27 @@ def common_spec(*arrays: jax.Array | None) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
+# How a result is sharded, for `compiled`, which gives these rules what the function gets.
+
+
 def replicated(*_: Any, **__: Any) -> PartitionSpec:
-    """The same, and whole, on every device: for `compiled`."""
+    """Whole on every device."""
     return PartitionSpec()
+
+
+def as_first(first: Any, *_: Any, **__: Any) -> PartitionSpec:
+    """As the first argument."""
+    return common_spec(first)
+
+
+def by_row(first: Any, *_: Any, **__: Any) -> PartitionSpec:
+    """By row as the first argument, and each row whole."""
+    return PartitionSpec(*common_spec(first)[:-1], None)
+
+
+def by_label(first: Any, *_: Any, **__: Any) -> PartitionSpec:
+    """As the last axis of the first argument."""
+    return PartitionSpec(*common_spec(first)[-1:])
 
 
 def automatic(fn: Callable[..., Any], arrays: Any, out_specs: Any) -> Any:
@@ -86,10 +104,12 @@ def automatic(fn: Callable[..., Any], arrays: Any, out_specs: Any) -> Any:
     return jax.sharding.auto_axes(fn, axes=axes, out_sharding=shardings)(*arrays)
 
 
-def compiled(*static: str, result: Callable[..., Any]) -> Callable[[Function], Function]:
+def compiled(
+    *static: str, result: Callable[..., Any], results: int = 1
+) -> Callable[[Function], Function]:
     """`jax.jit` of a function of arrays, by position, and `static` options, by name.
 
-    It runs `automatic`ally, with the result sharded as `result` says of the same arguments.
+    It runs `automatic`ally, with each of its `results` sharded as the rule `result` says.
     """
 
     def decorate(fn: Function) -> Function:
@@ -97,7 +117,8 @@ def compiled(*static: str, result: Callable[..., Any]) -> Callable[[Function], F
         def run(*given: Any, **options: Any) -> Any:
             # Under `jax.disable_jit` numbers and NumPy arrays come as they were given.
             arrays = jax.tree.map(jnp.asarray, given)
-            out_specs = result(*arrays, **options)
+            spec = result(*arrays, **options)
+            out_specs = spec if results == 1 else (spec,) * results
             return automatic(functools.partial(fn, **options), arrays, out_specs)
 
         return cast(Function, jax.jit(run, static_argnames=static))

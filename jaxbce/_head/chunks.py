@@ -56,9 +56,9 @@ class OneDevice:
         """The axis that counts the labels, of an operand in LABELLED."""
         return -2 if name == "kernel" and self.transposed else -1
 
-    def num_labels(self, kernel: jax.Array) -> int:
-        """How many labels this device has."""
-        return int(kernel.shape[self.label_axis_of("kernel")])
+    def num_labels(self, kernel: jax.Array) -> Any:
+        """How many labels this device has; symbolic only under `siglip_loss`."""
+        return kernel.shape[self.label_axis_of("kernel")]
 
     def first_label(self, kernel: jax.Array) -> jax.Array | int:
         """The id of the first of them."""

@@ -86,12 +86,7 @@ def linear_top_k(
     return _top_k(*arrays, name=name, k=k, devices=devices, transposed=transpose_kernel)
 
 
-def _by_row_and_whole(features: Any, *_: Any, **__: Any) -> tuple[PartitionSpec, PartitionSpec]:
-    spec = PartitionSpec(*_placement.common_spec(features)[:-1], None)
-    return spec, spec
-
-
-@_placement.compiled("name", "k", "devices", "transposed", result=_by_row_and_whole)
+@_placement.compiled("name", "k", "devices", "transposed", result=_placement.by_row, results=2)
 def _top_k(
     features: Any,
     kernel: Any,

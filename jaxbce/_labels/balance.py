@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxbce import _checks, _placement
@@ -160,16 +159,7 @@ def _counts(
     return count, jnp.where(negatives < 0, 0, negatives)
 
 
-def by_label(labels: Any, *_: Any, **__: Any) -> tuple[PartitionSpec, PartitionSpec]:
-    spec = PartitionSpec(*_placement.common_spec(labels)[-1:])
-    return spec, spec
-
-
-def replicated(*_: Any, **__: Any) -> tuple[PartitionSpec, PartitionSpec]:
-    return PartitionSpec(), PartitionSpec()
-
-
-@_placement.compiled("name", result=by_label)
+@_placement.compiled("name", result=_placement.by_label, results=2)
 def _dense_counts(labels: Any, where: Any, *, name: str) -> tuple[jax.Array, jax.Array]:
     labels = _ids.check_labels(name, labels)
     where = _checks.mask(name, where, "labels", labels.shape)
@@ -182,7 +172,7 @@ def _dense_counts(labels: Any, where: Any, *, name: str) -> tuple[jax.Array, jax
     return count.astype(dtype), _kept_per_label(where, labels.shape, dtype)
 
 
-@_placement.compiled("name", "num_labels", result=replicated)
+@_placement.compiled("name", "num_labels", result=_placement.replicated, results=2)
 def _sparse_counts(
     positives: Any, where: Any, ignored: Any, *, name: str, num_labels: int
 ) -> tuple[jax.Array, jax.Array]:

@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbce import _checks, _math, _placement
@@ -94,12 +93,7 @@ def labels_of(
     return ones_at(ids, shape[-1], jnp.uint8)
 
 
-def by_row(array: Any, **_: Any) -> PartitionSpec:
-    """The result is sharded by row as the first argument is, and each row is whole."""
-    return PartitionSpec(*_placement.common_spec(array)[:-1], None)
-
-
-@_placement.compiled("name", "num_labels", "dtype", result=by_row)
+@_placement.compiled("name", "num_labels", "dtype", result=_placement.by_row)
 def _multi_hot_of(positives: Any, *, name: str, num_labels: int, dtype: jnp.dtype) -> jax.Array:
     ids = _checks.positives(name, positives, num_labels)
     return ones_at(ids, num_labels, dtype)
@@ -153,7 +147,7 @@ def positives_from_multi_hot(labels: ArrayLike, max_positives: int | None = None
     return _positives_of(labels, name=name, max_positives=max_positives)
 
 
-@_placement.compiled("name", "max_positives", result=by_row)
+@_placement.compiled("name", "max_positives", result=_placement.by_row)
 def _positives_of(labels: Any, *, name: str, max_positives: int) -> jax.Array:
     labels = check_labels(name, labels)
     if labels.dtype != jnp.bool_:

@@ -57,7 +57,8 @@ class OnMesh(OneDevice):
     def first_label(self, kernel: jax.Array) -> jax.Array | int:
         if self.label_axis is None:
             return 0
-        return jax.lax.axis_index(self.label_axis) * self.num_labels(kernel)
+        first: jax.Array = jax.lax.axis_index(self.label_axis) * self.num_labels(kernel)
+        return first
 
     def total(self, name: str, part: Any) -> Any:
         """Summed over the axes of the mesh that split the work but not the result."""

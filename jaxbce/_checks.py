@@ -278,17 +278,21 @@ def is_static(value: Any) -> TypeGuard[float]:
 
 
 def fraction_or_none(name: str, argument: str, value: Any) -> Any:
-    """`value` after `check_fraction`; None, which costs nothing, for a constant 0."""
-    check_fraction(name, argument, value)
-    return None if is_static(value) and value == 0 else value
-
-
-def check_fraction(name: str, argument: str, value: Any) -> None:
-    """A number known before tracing must lie in [0, 1]."""
+    """`value`, in [0, 1] if it is known. None, which costs nothing, stands for a known 0."""
     if value is None:
         raise TypeError(f"{name}: {argument} must be a number, got None; pass 0.0 for none of it")
     if is_static(value) and not 0 <= value <= 1:
         raise ValueError(f"{name}: {argument} must be in [0, 1], got {value}")
+    return None if is_static(value) and value == 0 else value
+
+
+def smoothing(name: str, value: Any, dtype: Any) -> jax.Array | None:
+    """An optional label_smoothing as a number of `dtype`."""
+    if value is None:
+        return None
+    a = number(name, "label_smoothing", value).astype(dtype)
+    check_unit_interval(name, "label_smoothing", a)
+    return a
 
 
 def static_number(
@@ -357,11 +361,6 @@ def axes_of(name: str, axes: tuple[int, ...] | None, against: str, ndim: int) ->
 def check_choice(name: str, argument: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: {argument} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def check_flag(name: str, argument: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: {argument} must be True or False, got {value!r}")
 
 
 def check_size(

@@ -311,10 +311,7 @@ def evaluate_arrays(
             _checks.check_not_negative(name, argument, extra, counted)
 
     size = bound(x, y, *extras)
-    a = None
-    if label_smoothing is not None:
-        a = _checks.number(name, "label_smoothing", label_smoothing).astype(dtype)
-        _checks.check_unit_interval(name, "label_smoothing", a)
+    a = _checks.smoothing(name, label_smoothing, dtype)
 
     def smoothed(y: jax.Array) -> jax.Array:
         return y if a is None else y * (1 - a) + a * 0.5

@@ -473,7 +473,7 @@ def test_clip_none_says_what_turns_it_off():
         (
             lambda: jaxbce.linear_bce_with_logits(FEATURES, KERNEL.T, positives=IDS),
             ValueError,
-            r"kernel must have shape .* got \(3, 2\); a \(labels, width\) kernel is kernel.T",
+            r"kernel must have shape .* got \(3, 2\); .*takes transpose_kernel=True",
         ),
         (
             lambda: jaxbce.linear_bce_with_logits(FEATURES, KERNEL, positives=IDS, weight=2.0),

@@ -110,8 +110,9 @@ def linear_bce_with_logits(
     """
     name = "linear_bce_with_logits"
     _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
-    devices = Devices.named(name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis)
-    _checks.check_flag(name, "transpose_kernel", transpose_kernel)
+    devices = Devices.named(
+        name, transpose_kernel, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis
+    )
     loss, per_label = built_in_loss(pos_weight)
     given = arguments.as_given(
         name,
@@ -127,14 +128,7 @@ def linear_bce_with_logits(
         where=where,
         ignored=ignored,
     )
-    return _evaluate(
-        given,
-        name=name,
-        reduction=reduction,
-        loss=loss,
-        devices=devices,
-        transposed=transpose_kernel,
-    )
+    return _evaluate(given, name=name, reduction=reduction, loss=loss, devices=devices)
 
 
 def linear_loss(
@@ -220,8 +214,9 @@ def linear_loss(
     """
     name = "linear_loss"
     _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
-    devices = Devices.named(name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis)
-    _checks.check_flag(name, "transpose_kernel", transpose_kernel)
+    devices = Devices.named(
+        name, transpose_kernel, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis
+    )
     chunk_loss = own_loss(name, loss, per_label, features, kernel)
     given = arguments.as_given(
         name,
@@ -236,14 +231,7 @@ def linear_loss(
         where=where,
         ignored=ignored,
     )
-    return _evaluate(
-        given,
-        name=name,
-        reduction=reduction,
-        loss=chunk_loss,
-        devices=devices,
-        transposed=transpose_kernel,
-    )
+    return _evaluate(given, name=name, reduction=reduction, loss=chunk_loss, devices=devices)
 
 
 def _by_row(given: arguments.Given, *, reduction: str, **_: Any) -> PartitionSpec:
@@ -253,7 +241,7 @@ def _by_row(given: arguments.Given, *, reduction: str, **_: Any) -> PartitionSpe
     return PartitionSpec(*_placement.common_spec(given.features)[:-1])
 
 
-@_placement.compiled("name", "reduction", "loss", "devices", "transposed", result=_by_row)
+@_placement.compiled("name", "reduction", "loss", "devices", result=_by_row)
 def _evaluate(
     given: arguments.Given,
     *,
@@ -261,12 +249,11 @@ def _evaluate(
     reduction: str,
     loss: ChunkLoss,
     devices: Devices,
-    transposed: bool,
 ) -> jax.Array:
     lead, operands, weight, sizes = arguments.prepare(
-        given, name=name, reduction=reduction, loss=loss, transposed=transposed
+        given, name=name, reduction=reduction, loss=loss, transposed=devices.transposed
     )
-    plan = devices.over(name, *sizes, loss=loss, transposed=transposed)
+    plan = devices.over(name, *sizes, loss=loss)
     if reduction != "none":
         return chunks.total_loss(plan, operands)
     rows = chunks.finite_rows(chunks.row_losses(plan, operands), operands)

@@ -107,8 +107,8 @@ def prepare(
     features, kernel, bias, num_labels = prepare_layer(
         name, given.features, given.kernel, given.bias, transposed
     )
-    positives, labels, label_smoothing = given.positives, given.labels, given.label_smoothing
-    weight, ignored, where = given.weight, given.ignored, given.where
+    positives, labels, weight = given.positives, given.labels, given.weight
+    ignored, where = given.ignored, given.where
     lead = features.shape[:-1]
     batch, dtype = math.prod(lead), _math.accumulator(features)
     rows_of = ("features", features.shape)
@@ -152,10 +152,6 @@ def prepare(
         _checks.shaped(name, argument, array, (num_labels,), "(labels,)").astype(dtype)
         for argument, array in zip(loss.per_label, given.per_label, strict=True)
     )
-    if label_smoothing is not None:
-        label_smoothing = _checks.number(name, "label_smoothing", label_smoothing).astype(dtype)
-        _checks.check_unit_interval(name, "label_smoothing", label_smoothing)
-
     operands = chunks.Operands(
         features=features,
         kernel=kernel,
@@ -163,7 +159,7 @@ def prepare(
         positives=positives,
         labels=labels,
         per_label=numbers,
-        label_smoothing=label_smoothing,
+        label_smoothing=_checks.smoothing(name, given.label_smoothing, dtype),
         where=where,
         ignored=ignored,
         row_factor=_reduce.row_factor(weight, kept, lead, num_labels, dtype, reduction),

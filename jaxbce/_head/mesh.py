@@ -97,15 +97,20 @@ class OnMesh(OneDevice):
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """What a user says of chunks and devices; `over` makes of it how a pass is run."""
+    """What a user says of kernel, chunks and devices; `over` makes of it how a pass is run."""
 
+    transposed: bool
     chunk_size: int | None
     mesh: Mesh | None
     axes: tuple[tuple[str, Axis], ...]  # of rows and, if there is a second, labels
 
     @classmethod
-    def named(cls, name: str, chunk_size: int | None, mesh: Mesh | None, **axes: Axis) -> "Devices":
+    def named(
+        cls, name: str, transposed: bool, chunk_size: int | None, mesh: Mesh | None, **axes: Axis
+    ) -> "Devices":
         """`axes`: the arguments that name the axes of the mesh for rows and labels."""
+        if not isinstance(transposed, bool):
+            raise TypeError(f"{name}: transpose_kernel must be True or False, got {transposed!r}")
         if chunk_size is not None:
             _checks.check_size(name, "chunk_size", chunk_size)
         if not isinstance(mesh, Mesh | None):
@@ -134,7 +139,7 @@ class Devices:
                         "in one place"
                     )
                 seen.append(one)
-        return cls(chunk_size, mesh, tuple(axes.items()))
+        return cls(transposed, chunk_size, mesh, tuple(axes.items()))
 
     def over(
         self,
@@ -143,7 +148,6 @@ class Devices:
         labels: int,
         *,
         loss: Any = None,
-        transposed: bool,
         kind: type[OnMesh] | None = None,
     ) -> OneDevice:
         """How to run over so many rows and labels; several devices as `kind` says."""
@@ -158,7 +162,7 @@ class Devices:
         chunk_size = self.chunk_size or chunks.default_chunk_size(own_rows, own_labels)
         chunk_size = max(min(chunk_size, own_labels), 1)
         if self.mesh is None or not (batch_axis or label_axis):
-            return OneDevice(chunk_size, loss, transposed)
+            return OneDevice(chunk_size, loss, self.transposed)
         context = jax.sharding.get_abstract_mesh()
         if _placement.manual_axes() and context.shape != self.mesh.shape:
             raise ValueError(
@@ -167,7 +171,7 @@ class Devices:
             )
         kinds = (AxisType.Auto,) * len(self.mesh.axis_names)
         mesh = Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=kinds)
-        return (kind or OnMesh)(chunk_size, loss, transposed, mesh, batch_axis, label_axis)
+        return (kind or OnMesh)(chunk_size, loss, self.transposed, mesh, batch_axis, label_axis)
 
     def _share(self, name: str, argument: str, axis: Axis, size: int) -> tuple[int, Axis]:
         """What one device has of `size`, and the axes that share it, of more than one device."""

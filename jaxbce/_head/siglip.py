@@ -76,7 +76,7 @@ def siglip_loss(
     Source: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training".
     """
     name = "siglip_loss"
-    devices = Devices.named(name, chunk_size, mesh, axis=axis)
+    devices = Devices.named(name, True, chunk_size, mesh, axis=axis)
     arrays = _checks.jit_arguments(
         name,
         image_embeddings=image_embeddings,
@@ -122,5 +122,5 @@ def _siglip(
         positives=positives,
         row_factor=jnp.full(batch, _reduce.one_over(batch, dtype)),
     )
-    plan = devices.over(name, batch, batch, loss=ChunkLoss(BCE), transposed=True, kind=OnRing)
+    plan = devices.over(name, batch, batch, loss=ChunkLoss(BCE), kind=OnRing)
     return chunks.total_loss(plan, _placement.vary_together(operands))

@@ -77,16 +77,17 @@ def linear_top_k(
     Source: `jax.lax.top_k`, merged over chunks.
     """
     name = "linear_top_k"
-    devices = Devices.named(name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis)
-    _checks.check_flag(name, "transpose_kernel", transpose_kernel)
+    devices = Devices.named(
+        name, transpose_kernel, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis
+    )
     arrays = _checks.jit_arguments(name, features=features, kernel=kernel, bias=bias)
     shape = getattr(arrays[1], "shape", None) or (None,)
     num_labels = shape[0 if transpose_kernel else -1]
     _checks.check_size(name, "k", k, num_labels if isinstance(num_labels, int) else None)
-    return _top_k(*arrays, name=name, k=k, devices=devices, transposed=transpose_kernel)
+    return _top_k(*arrays, name=name, k=k, devices=devices)
 
 
-@_placement.compiled("name", "k", "devices", "transposed", result=_placement.by_row, results=2)
+@_placement.compiled("name", "k", "devices", result=_placement.by_row, results=2)
 def _top_k(
     features: Any,
     kernel: Any,
@@ -95,14 +96,13 @@ def _top_k(
     name: str,
     k: int,
     devices: Devices,
-    transposed: bool,
 ) -> tuple[jax.Array, jax.Array]:
     features, kernel, bias, num_labels = arguments.prepare_layer(
-        name, features, kernel, bias, transposed
+        name, features, kernel, bias, devices.transposed
     )
     lead = features.shape[:-1]
     features = features.reshape(math.prod(lead), features.shape[-1])
-    plan = devices.over(name, features.shape[0], num_labels, transposed=transposed)
+    plan = devices.over(name, features.shape[0], num_labels)
     layer = Layer(features, kernel, bias)
     if isinstance(plan, OnMesh):
         values, ids = best_of_devices(plan, k, layer)

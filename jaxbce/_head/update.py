@@ -134,7 +134,9 @@ def linear_update(
     """
     name = "linear_update"
     _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS[:-1])
-    devices = Devices.named(name, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis)
+    devices = Devices.named(
+        name, transpose_kernel, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis
+    )
     if loss is not None and (pos_weight is not None or label_smoothing != 0):
         raise ValueError(
             f"{name}: pos_weight and label_smoothing belong to the loss that is built in, got a "
@@ -145,7 +147,6 @@ def linear_update(
             f"{name}: per_label belongs to a loss of your own, got loss=None; pass a loss, or "
             "pos_weight"
         )
-    _checks.check_flag(name, "transpose_kernel", transpose_kernel)
     layout = optimizers.layout_of(name, optimizer, params, opt_state, transpose_kernel)
     if rounding_key is not None and not any(map(_is_narrow, jax.tree.leaves((params, opt_state)))):
         raise ValueError(
@@ -180,7 +181,6 @@ def linear_update(
         optimizer=optimizer,
         layout=layout,
         devices=devices,
-        transposed=transpose_kernel,
     )
 
 
@@ -201,7 +201,7 @@ def _specs(given: arguments.Given, opt_state: Any, *_: Any, **__: Any) -> Any:
 
 
 @_placement.compiled(
-    *("name", "reduction", "loss", "optimizer", "layout", "devices", "transposed"), result=_specs
+    *("name", "reduction", "loss", "optimizer", "layout", "devices"), result=_specs
 )
 def _update(
     given: arguments.Given,
@@ -214,17 +214,16 @@ def _update(
     optimizer: Any,
     layout: optimizers.Layout,
     devices: Devices,
-    transposed: bool,
 ) -> LinearUpdate:
     _, operands, _, (batch, num_labels) = arguments.prepare(
-        given, name=name, reduction=reduction, loss=loss, transposed=transposed
+        given, name=name, reduction=reduction, loss=loss, transposed=devices.transposed
     )
     params = {"kernel": operands.kernel}
     if operands.bias is not None:
         params["bias"] = operands.bias
     opt_state = jax.tree.map(jnp.asarray, opt_state)
-    plan = devices.over(name, batch, num_labels, loss=loss, transposed=transposed)
-    axes = optimizers.label_axes(params, transposed)
+    plan = devices.over(name, batch, num_labels, loss=loss)
+    axes = optimizers.label_axes(params, devices.transposed)
     other = plan.chunk_size if plan.chunk_size < num_labels else num_labels + 1
     optimizers.check_by_label(name, optimizer, layout, params, axes, opt_state, other)
 

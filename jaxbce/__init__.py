@@ -7,6 +7,8 @@
 [[-0.05960146  0.        ]]
 """
 
+import importlib
+
 from jaxbce._debug import checked
 from jaxbce._functions import log_sigmoid, sigmoid, softplus
 from jaxbce._head.api import linear_bce_with_logits, linear_loss
@@ -52,3 +54,10 @@ __all__ = [
 ]
 
 __version__ = "0.2.0"
+
+
+def __getattr__(name: str) -> object:
+    """Imports `jaxbce.nnx`, and with it Flax, when it is first used."""
+    if name == "nnx":
+        return importlib.import_module("jaxbce.nnx")
+    raise AttributeError(f"module 'jaxbce' has no attribute {name!r}")

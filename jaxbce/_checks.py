@@ -1,7 +1,7 @@
 """Checks of dtypes, shapes and, on request, values; the wording of every error."""
 
 import numbers
-from typing import Any, ParamSpec, TypeGuard, TypeVar
+from typing import Any, ParamSpec, TypeGuard, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -358,7 +358,9 @@ def axes_of(name: str, axes: tuple[int, ...] | None, against: str, ndim: int) ->
     return tuple(sorted(known_axes))
 
 
-def check_choice(name: str, argument: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, argument: str, value: str, literal: Any) -> None:
+    """One of the strings of a `Literal`."""
+    choices = get_args(literal)
     if value not in choices:
         raise ValueError(f"{name}: {argument} must be one of {', '.join(choices)}, got {value!r}")
 

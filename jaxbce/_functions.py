@@ -1,5 +1,7 @@
 """Softplus, log-sigmoid and sigmoid of arrays, as in `jax.nn`, with right derivatives."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

@@ -1,5 +1,7 @@
 """An elementwise loss as one value: checked, prepared, mapped over arrays, reduced."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import inspect
@@ -14,6 +16,7 @@ from jax.typing import ArrayLike
 
 from jaxbce import _checks, _math, _placement, _program, _reduce
 from jaxbce._labels import ids
+from jaxbce._reduce import Reduction
 
 OPTIONS = ("weight", "label_smoothing", "where", "axis", "reduction")
 
@@ -95,7 +98,7 @@ class Loss:
         label_smoothing: ArrayLike = 0.0,
         where: ArrayLike | None = None,
         axis: int | tuple[int, ...] | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         **parameters: ArrayLike,
     ) -> jax.Array:
         """The loss of `logits` against `labels`: see `bce_with_logits`."""
@@ -119,30 +122,40 @@ class Loss:
             program=self.program("Loss", tuple(parameters), logits),
         )
 
-    def defaults(self, name: str) -> dict[str, Any]:
-        """The parameters that have a default in fn, with it."""
+    def arguments(self, name: str) -> dict[str, inspect.Parameter]:
+        """The argument of fn that each parameter is: by its name, or else by its place."""
         kinds = inspect.Parameter
         signature = list(inspect.signature(self.fn).parameters.values())
-        variadic = any(a.kind is kinds.VAR_POSITIONAL for a in signature)
+        variadic = [a for a in signature if a.kind is kinds.VAR_POSITIONAL]
         in_place = (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
-        arguments = [a for a in signature if a.kind in in_place]
-        required = sum(a.default is kinds.empty for a in arguments)
-        if not (required <= 2 + len(self.parameters) <= len(arguments) or variadic):
+        others = [a for a in signature if a.kind in in_place][2:]
+        others += [a for a in signature if a.kind is kinds.KEYWORD_ONLY]
+        named = {a.name: a for a in others if a.kind is not kinds.POSITIONAL_ONLY}
+        if self.parameters and set(self.parameters) <= named.keys():
+            found = {own: named[own] for own in self.parameters}
+        else:
+            places = [a for a in others if a.kind in in_place] + variadic * len(self.parameters)
+            found = dict(zip(self.parameters, places, strict=False))
+        names = [a.name for a in signature]
+        left = [a.name for a in others if a not in found.values() and a.default is kinds.empty]
+        if left or len(found) < len(self.parameters):
             raise ValueError(
-                f"{name}: fn must be a function of a logit, a label and {len(self.parameters)} "
-                f"parameters, got one of {len(arguments)} arguments; name the others in "
-                "parameters, or bind them with functools.partial"
+                f"{name}: fn must be a function of a logit, a label and the parameters "
+                f"{list(self.parameters)}, got one of the arguments {names}; name "
+                "the others in parameters, or bind them with functools.partial"
             )
-        names = [a.name for a in arguments[2:]]
-        if set(self.parameters) <= set(names) and list(self.parameters) != [
-            own for own in names if own in self.parameters
-        ]:
+        if clash := [own for own in found if own in named and found[own] is not named[own]]:
             raise ValueError(
-                f"{name}: parameters must be in the order of fn, {names}, got "
-                f"{list(self.parameters)}; swap them"
+                f"{name}: parameters must be in the order of fn, or all have its names, got "
+                f"{list(self.parameters)} for {[a.name for a in others]}; rename {clash[0]}"
             )
-        given = zip(self.parameters, arguments[2:], strict=False)
-        return {own: a.default for own, a in given if a.default is not inspect.Parameter.empty}
+        return found
+
+    def defaults(self, name: str) -> dict[str, Any]:
+        """The parameters that have a default in fn, with it."""
+        empty = inspect.Parameter.empty
+        found = self.arguments(name).items()
+        return {own: a.default for own, a in found if a.default is not empty}
 
     def left_out(self, name: str, given: tuple[str, ...]) -> dict[str, Any]:
         """The parameters that are not given, with their defaults."""
@@ -158,10 +171,13 @@ class Loss:
         self, ndim: int, given: tuple[str, ...], name: str = "Loss"
     ) -> Callable[..., jax.Array]:
         """The loss of arrays of `ndim` axes: logits, labels and the parameters that are `given`."""
-        missing = self.left_out(name, given)
+        missing, found = self.left_out(name, given), self.arguments(name)
+        by_name = all(found[own].name == own for own in found)
 
         def scalar(x: jax.Array, y: jax.Array, *arrays: jax.Array) -> jax.Array:
             values = missing | dict(zip(given, arrays, strict=True))
+            if by_name:
+                return self.fn(x, y, **values)
             return self.fn(x, y, *(values[name] for name in self.parameters))
 
         return _math.over(scalar, ndim)
@@ -184,7 +200,7 @@ def magnitude(*values: Any) -> jax.Array:
 
 def undefined_outside(values: jax.Array, size: jax.Array) -> jax.Array:
     """`size`, but not finite where `values` are outside of [0, 1]: a loss may be infinite there."""
-    return jnp.where((values >= 0) & (values <= 1), size, jnp.nan)
+    return jnp.where((values >= 0) & (values <= 1), size, jnp.inf)
 
 
 def is_defined(loss: Callable[..., jax.Array], *arrays: Any) -> jax.Array:
@@ -205,7 +221,7 @@ def evaluate(
     label_smoothing: ArrayLike = 0.0,
     where: ArrayLike | None = None,
     axis: int | tuple[int, ...] | None = None,
-    reduction: str = "none",
+    reduction: Reduction = "none",
     score_name: str = "logits",
     bound: Callable[..., jax.Array] = magnitude,
     sparse: bool = False,
@@ -215,7 +231,7 @@ def evaluate(
 
     `bound` of the scores, labels and parameters is not finite where the loss or a slope may not be.
     """
-    _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
+    _checks.check_choice(name, "reduction", reduction, Reduction)
     axes = _checks.axes_or_none(name, axis, reduction)
     given = {n: value for n, value in (parameters or {}).items() if value is not None}
     arrays = _checks.jit_arguments(
@@ -241,7 +257,7 @@ def evaluate(
 
 
 def result_spec(
-    *arrays: Any, name: str, score_name: str, reduction: str, axes: Any, **_: Any
+    *arrays: Any, name: str, score_name: str, reduction: Reduction, axes: Any, **_: Any
 ) -> PartitionSpec:
     spec = _placement.common_spec(*arrays)
     if reduction == "none":
@@ -274,7 +290,7 @@ def evaluate_arrays(
     name: str,
     loss: Loss,
     given: tuple[str, ...],
-    reduction: str,
+    reduction: Reduction,
     axes: tuple[int, ...] | None,
     score_name: str,
     bound: Callable[..., jax.Array],
@@ -318,7 +334,7 @@ def evaluate_arrays(
 
     mapped = loss.mapped(x.ndim, given, name)
     if program and weight is not None:
-        size = jnp.where(is_defined(mapped, x, smoothed(y), *extras), size, jnp.nan)
+        size = jnp.where(is_defined(mapped, x, smoothed(y), *extras), size, jnp.inf)
     keep = _reduce.kept(size, weight, where)
     if keep is not None:
         # Before anything is computed of them, so that no NaN reaches a gradient.

@@ -1,14 +1,15 @@
 """Weight, where and reduction: the one place where a divisor is defined, the head's too."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxbce import _math
 
-REDUCTIONS = ("mean", "weighted_mean", "sum", "batchmean", "none")
+ScalarReduction = Literal["mean", "weighted_mean", "sum", "batchmean"]
+Reduction = Literal[ScalarReduction, "none"]
 
 
 def counted(weight: jax.Array | None, where: jax.Array | None) -> jax.Array | None:
@@ -46,7 +47,7 @@ def reduce_loss(
     weight: jax.Array | None,
     keep: jax.Array | None,
     where: jax.Array | None,
-    reduction: str,
+    reduction: Reduction,
     axes: tuple[int, ...],
 ) -> jax.Array:
     """`loss`, already weighted, without what is not kept, reduced over `axes`.
@@ -148,7 +149,7 @@ def row_factor(
     lead: tuple[int, ...],
     num_labels: int,
     dtype: Any,
-    reduction: str,
+    reduction: Reduction,
 ) -> jax.Array:
     """The factor of each row in the total: its weight over the divisor of the reduction."""
     batch = math.prod(lead)

@@ -1,5 +1,7 @@
 """Flax NNX modules; `jaxbce` itself never imports Flax."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 import jaxbce
+from jaxbce._reduce import Reduction, ScalarReduction
 
 KERNEL_INIT = nnx.initializers.lecun_normal()
 
@@ -152,7 +155,7 @@ class MultiLabelHead(nnx.Module):
         label_smoothing: ArrayLike = 0.0,
         where: ArrayLike | None = None,
         ignored: ArrayLike | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
     ) -> jax.Array:
         """The loss of the logits, which are not held.
 
@@ -186,7 +189,7 @@ class MultiLabelHead(nnx.Module):
         label_smoothing: ArrayLike = 0.0,
         where: ArrayLike | None = None,
         ignored: ArrayLike | None = None,
-        reduction: str = "mean",
+        reduction: ScalarReduction = "mean",
         rounding_key: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """One step of the optimizer on the parameters, whose gradients are not held.
@@ -214,15 +217,13 @@ class MultiLabelHead(nnx.Module):
                 f"got dtype={dtype}; make the head with param_dtype={dtype}, for which there is "
                 "rounding_key, or without dtype"
             )
-        trained = nnx.state(self, optimizer.wrt).keys() & params.keys()
-        tx = (
-            optimizer.tx if trained == params.keys() else _Partial(optimizer.tx, frozenset(trained))
-        )
+        trained = nnx.state(self, optimizer.wrt).keys()
+        tx = _OfHead(optimizer.tx, frozenset(trained & params.keys()))
         state = _places(optimizer.opt_state)
         got = [jnp.shape(jax.tree.leaves(place)[0]) for place in state]
         expected = jax.eval_shape(tx.init, params)
         shapes = [leaf.shape for leaf in jax.tree.leaves(expected)]
-        if not trained or shapes != got:
+        if not trained or not trained <= params.keys() or shapes != got:
             raise ValueError(
                 "MultiLabelHead: optimizer must be one of this head alone, "
                 "flax.nnx.Optimizer(head, tx, wrt=flax.nnx.Param); got one whose wrt selects "
@@ -294,21 +295,21 @@ class MultiLabelHead(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Partial:
-    """An optimizer of some of the parameters; the others stay."""
+class _OfHead:
+    """An optimizer that gets the trained parameters in an `nnx.State`, as Flax gives them."""
 
     tx: Any
     trained: frozenset[str]
 
-    def _own(self, tree: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in tree.items() if name in self.trained}
+    def _own(self, tree: dict[str, Any]) -> Any:
+        return nnx.State({name: value for name, value in tree.items() if name in self.trained})
 
     def init(self, params: dict[str, Any]) -> Any:
         return self.tx.init(self._own(params))
 
     def update(self, slopes: dict[str, Any], state: Any, params: dict[str, Any]) -> Any:
         updates, state = self.tx.update(self._own(slopes), state, self._own(params))
-        return jax.tree.map(jnp.zeros_like, slopes) | updates, state
+        return jax.tree.map(jnp.zeros_like, slopes) | dict(updates), state
 
 
 def _is_variable(value: Any) -> bool:

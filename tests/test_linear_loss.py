@@ -488,6 +488,8 @@ def test_a_function_that_mixes_logits_is_refused(loss, rng):
 
 OF_A_SIZE = {
     "of one label": lambda x, y: (x - y) ** 2 * (2.0 if x.shape[1] == 1 else 1.0),
+    "of one row": lambda x, y: (x - y) ** 2 * (1.0 if x.shape[0] > 1 else 100.0),
+    "of all rows": lambda x, y: x - y - (x.mean(0, keepdims=True) if x.shape[0] >= 6 else 0.0),
     "of the chunk": lambda x, y: (x - y) ** 2 * (2.0 if x.shape[1] == 4 else 1.0),
     "of many labels": lambda x, y: jax.nn.softmax(x) - y if x.shape[1] > 7 else x - y,
     "of all": lambda x, y: (x - y) ** 2 / (x.shape[1] if x.shape[1] == 9 else 1),
@@ -496,15 +498,15 @@ OF_A_SIZE = {
 
 @pytest.mark.parametrize("loss", OF_A_SIZE.values(), ids=OF_A_SIZE)
 def test_a_function_that_asks_for_its_size_is_refused(loss, rng):
-    """Whatever the size at which it is another one: of a chunk, of the last one, of all labels."""
-    features, kernel = rng.normal(size=(2, 3)), rng.normal(size=(3, 9))
-    labels = rng.integers(0, 2, (2, 9))
+    """Whatever the size at which it is another one: of a chunk, of all labels, of the rows."""
+    features, kernel = rng.normal(size=(6, 3)), rng.normal(size=(3, 9))
+    labels = rng.integers(0, 2, (6, 9))
 
     def in_chunks():
         for chunk_size in (4, 8, 9):
             jaxbce.linear_loss(loss, features, kernel, labels=labels, chunk_size=chunk_size)
 
-    with pytest.raises(ValueError, match="does across labels"):
+    with pytest.raises(ValueError, match=r"does across (labels|rows)"):
         in_chunks()
 
 

@@ -235,6 +235,34 @@ def test_equal_losses_are_one():
     assert same != jaxbce.Loss(adjusted, ("prior",))
 
 
+def later(logit, label, log_prior, tau=1.0):
+    return jaxbce.sigmoid_binary_cross_entropy(logit + tau * log_prior, label)
+
+
+def of_keywords(logit, label, *, gamma=2.0, margin=0.0):
+    return (1 + gamma) * jaxbce.sigmoid_binary_cross_entropy(logit - margin, label)
+
+
+def of_places(logit, label, gamma=2.0, margin=0.0):
+    return of_keywords(logit, label, gamma=gamma, margin=margin)
+
+
+@pytest.mark.parametrize("fn", [of_places, of_keywords], ids=["places", "keywords"])
+@pytest.mark.parametrize("names", [("margin",), ("margin", "gamma"), ("gamma", "margin")], ids=str)
+def test_a_parameter_is_the_argument_of_its_name(fn, names, drawn):
+    logits, labels = drawn["logits"], drawn["labels"]
+    numbers = {name: np.float32(i + 0.5) for i, name in enumerate(names)}
+    loss = jaxbce.Loss(fn, names)
+    expected = jnp.mean(fn(logits, labels, **numbers))
+    np.testing.assert_allclose(loss(logits, labels, **numbers), expected, rtol=1e-6)
+    rows, size = logits.shape
+    per_label = tuple(jnp.full(size, number) for number in numbers.values())
+    head = jaxbce.linear_loss(
+        loss, jnp.eye(rows), logits, labels=labels, per_label=per_label, chunk_size=2
+    )
+    np.testing.assert_allclose(head, expected, rtol=1e-6)
+
+
 X = np.zeros((2, 3), np.float32)
 BAD = {
     "no function": (lambda: jaxbce.Loss("bce"), TypeError, "fn must be a function of one logit"),
@@ -245,14 +273,19 @@ BAD = {
     "too few": (
         lambda: jaxbce.Loss(adjusted)(X, X),
         ValueError,
-        "got one of 3 arguments; name the",
+        r"got one of the arguments .*'log_prior'.*; name the",
     ),
     "required": (lambda: ADJUSTED(X, X), TypeError, "log_prior is a required parameter"),
     "none": (lambda: ADJUSTED(X, X, log_prior=None), TypeError, "log_prior is a required"),
-    "order": (
-        lambda: jaxbce.Loss(hinge, ("slope", "margin"))(X, X),
+    "place": (
+        lambda: jaxbce.Loss(hinge, ("slope", "other"))(X, X, other=1.0),
         ValueError,
-        r"in the order of fn, .*'margin', 'slope'.*swap them",
+        r"in the order of fn, or all have its names, .*'margin', 'slope'.*rename slope",
+    ),
+    "not named": (
+        lambda: jaxbce.Loss(later, ("tau",))(X, X, tau=1.0),
+        ValueError,
+        r"got one of the arguments .*'log_prior', 'tau'",
     ),
     "unknown": (
         lambda: ADJUSTED(X, X, log_prior=1.0, tau=1.0),

@@ -6,6 +6,7 @@ import inspect
 import pathlib
 import subprocess
 import sys
+import typing
 
 import pytest
 from losses import FIRST, FUNCTIONS
@@ -35,7 +36,7 @@ IMPORTS = {
         *("_checks", "_labels", "_loss", "_losses", "_math", "_placement", "_program", "_reduce"),
     },
     "__init__": {"_debug", "_functions", "_head", "_labels", "_loss", "_losses"},
-    "nnx": set(),
+    "nnx": {"_reduce"},
 }
 
 SECTIONS = ["Use it", "Args:", "Returns:", "Raises:", "Edge values:", "Differentiable:"]
@@ -149,6 +150,27 @@ def test_a_fresh_import_pulls_in_neither_flax_nor_optax():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert output.stdout.strip() == "[]"
+
+
+def test_flax_is_imported_when_its_module_is_used():
+    code = "import sys, jaxbce; jaxbce.nnx.MultiLabelHead; print('flax' in sys.modules)"
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert output.stdout.strip() == "True"
+    with pytest.raises(AttributeError, match="module 'jaxbce' has no attribute 'linen'"):
+        getattr(jaxbce, "lin" + "en")
+
+
+def test_a_reduction_is_typed_by_its_choices():
+    """A type checker finds a wrong one, and `help` shows short names."""
+    found = [fn for _, fn in public_objects() if "reduction" in inspect.signature(fn).parameters]
+    found += [jaxbce.Loss.__call__, jaxbce.nnx.MultiLabelHead.loss]
+    for fn in found:
+        hints = typing.get_type_hints(fn.__init__ if inspect.isclass(fn) else fn)
+        choices = typing.get_args(hints["reduction"])
+        assert choices[:4] == ("mean", "weighted_mean", "sum", "batchmean")
+        assert "reduction: 'Literal" not in str(inspect.signature(fn))
 
 
 def test_importing_costs_little_beyond_jax():

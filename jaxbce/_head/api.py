@@ -1,5 +1,7 @@
 """Public functions of the chunked head: check, choose the chunk and the devices, evaluate."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,11 +9,12 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
-from jaxbce import _checks, _placement, _reduce
+from jaxbce import _checks, _placement
 from jaxbce._head import arguments, chunks
 from jaxbce._head.loss import ChunkLoss, built_in_loss, own_loss
 from jaxbce._head.mesh import Devices
 from jaxbce._loss import Loss
+from jaxbce._reduce import Reduction
 
 
 def linear_bce_with_logits(
@@ -26,7 +29,7 @@ def linear_bce_with_logits(
     label_smoothing: ArrayLike = 0.0,
     where: ArrayLike | None = None,
     ignored: ArrayLike | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     transpose_kernel: bool = False,
     chunk_size: int | None = None,
     mesh: Mesh | None = None,
@@ -109,7 +112,7 @@ def linear_bce_with_logits(
     pass by the absence of a normaliser.
     """
     name = "linear_bce_with_logits"
-    _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
+    _checks.check_choice(name, "reduction", reduction, Reduction)
     devices = Devices.named(
         name, transpose_kernel, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis
     )
@@ -143,7 +146,7 @@ def linear_loss(
     weight: ArrayLike | None = None,
     where: ArrayLike | None = None,
     ignored: ArrayLike | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     transpose_kernel: bool = False,
     chunk_size: int | None = None,
     mesh: Mesh | None = None,
@@ -213,7 +216,7 @@ def linear_loss(
     Source: `linear_bce_with_logits`, which is this function with its loss built in.
     """
     name = "linear_loss"
-    _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS)
+    _checks.check_choice(name, "reduction", reduction, Reduction)
     devices = Devices.named(
         name, transpose_kernel, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis
     )
@@ -234,7 +237,7 @@ def linear_loss(
     return _evaluate(given, name=name, reduction=reduction, loss=chunk_loss, devices=devices)
 
 
-def _by_row(given: arguments.Given, *, reduction: str, **_: Any) -> PartitionSpec:
+def _by_row(given: arguments.Given, *, reduction: Reduction, **_: Any) -> PartitionSpec:
     """The loss of each row is sharded as the features are."""
     if reduction != "none":
         return PartitionSpec()
@@ -246,7 +249,7 @@ def _evaluate(
     given: arguments.Given,
     *,
     name: str,
-    reduction: str,
+    reduction: Reduction,
     loss: ChunkLoss,
     devices: Devices,
 ) -> jax.Array:

@@ -11,6 +11,7 @@ from jaxbce import _checks, _math, _placement, _reduce
 from jaxbce._head import chunks
 from jaxbce._head.loss import ChunkLoss
 from jaxbce._loss import Loss
+from jaxbce._reduce import Reduction
 
 
 class Given(NamedTuple):
@@ -98,7 +99,7 @@ def prepare_layer(
 
 
 def prepare(
-    given: Given, *, name: str, reduction: str, loss: ChunkLoss, transposed: bool
+    given: Given, *, name: str, reduction: Reduction, loss: ChunkLoss, transposed: bool
 ) -> tuple[tuple[int, ...], chunks.Operands, jax.Array | None, tuple[int, int]]:
     """The leading axes of the rows, the operands, the weight of each row, and how many there are.
 

@@ -149,7 +149,8 @@ def without_nan(kernel: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     because 0 · NaN is NaN.
     """
     finite = jnp.isfinite(kernel)
-    mark = jnp.sum(jnp.where(finite, 0, jnp.nan), axis, dtype=_math.accumulator(kernel))
+    # 0 · ∞ and 0 · NaN are NaN.
+    mark = jnp.sum(0 * jax.lax.stop_gradient(kernel), axis, dtype=_math.accumulator(kernel))
     return jnp.where(finite, kernel, 0), mark
 
 

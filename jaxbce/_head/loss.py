@@ -31,7 +31,8 @@ class ChunkLoss:
             given = self.loss.parameters[: len(self.per_label)]
             losses = self.loss.mapped(2, given)(logits, labels, *per_label)
         else:
-            self.check_size(logits.shape[1], logits.dtype)
+            rows, size = logits.shape
+            self.check_sizes(rows, size, logits.dtype)
             losses = jax.vmap(self.row)(logits, labels, *per_label)
         return losses.astype(logits.dtype)
 
@@ -39,14 +40,15 @@ class ChunkLoss:
         """Row by row, so that the slope of what all rows share can be masked in each of them."""
         return self.loss(logits[None], labels[None], *per_label)[0]
 
-    def check_size(self, size: int, dtype: Any) -> None:
-        """A function that asks for a size must do the same at the one that is run."""
-        of_some, of_all = (
-            _read(self.name, self.loss, 1, labels, len(self.per_label), dtype)
-            for labels in (3, size)
-        )
-        if not _program.is_same(of_some, of_all, in_shapes=size != 1):
-            raise _mixes(self.name, "labels", "what depends on their number")
+    def check_sizes(self, rows: int, labels: int, dtype: Any) -> None:
+        """A function that asks for a size must do the same at those that are run."""
+        read = functools.partial(_read, self.name, self.loss)
+        few, all_ = (read(*size, len(self.per_label), dtype) for size in ((2, 3), (rows, labels)))
+        one_row = read(1, labels, len(self.per_label), dtype)
+        if not _program.is_same(few, all_, in_shapes=rows != 1 and labels != 1):
+            raise _mixes(self.name, "labels or rows", "what depends on their number")
+        if not _program.is_same(one_row, all_, in_shapes=False):
+            raise _mixes(self.name, "rows", "what depends on their number")
 
 
 def built_in_loss(pos_weight: Any) -> tuple[ChunkLoss, tuple[Any, ...]]:

@@ -71,7 +71,7 @@ def layout_of(name: str, optimizer: Any, params: Any, opt_state: Any, transposed
     if structures[0] != structures[1] or got != expected:
         raise ValueError(
             f"{name}: opt_state must be optimizer.init(params), with arrays of shapes {expected}, "
-            f"got {got}"
+            f"got {got} in {structures[0]}; make a new one, or keep that of the last step"
         )
     axes: list[int | None] = []
     for shape, leaf in zip(expected, jax.tree.leaves(wider), strict=True):

@@ -1,5 +1,7 @@
 """The pairwise sigmoid loss of two sets of embeddings: a head whose kernel is one of them."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

@@ -1,5 +1,7 @@
 """The highest logits of a linear layer, chunk by chunk and device by device."""
 
+from __future__ import annotations
+
 import math
 from typing import Any, NamedTuple
 

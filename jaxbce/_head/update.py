@@ -1,5 +1,7 @@
 """A training step of the head in which the gradient of its kernel never exists as a whole."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -9,12 +11,13 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
-from jaxbce import _checks, _math, _placement, _reduce
+from jaxbce import _checks, _math, _placement
 from jaxbce._head import arguments, chunks, optimizers
 from jaxbce._head.chunks import OneDevice
 from jaxbce._head.loss import ChunkLoss, built_in_loss, own_loss
 from jaxbce._head.mesh import Devices, OnMesh
 from jaxbce._loss import Loss
+from jaxbce._reduce import ScalarReduction
 
 
 class Optimizer(Protocol):
@@ -50,7 +53,7 @@ def linear_update(
     label_smoothing: ArrayLike = 0.0,
     where: ArrayLike | None = None,
     ignored: ArrayLike | None = None,
-    reduction: str = "mean",
+    reduction: ScalarReduction = "mean",
     transpose_kernel: bool = False,
     chunk_size: int | None = None,
     rounding_key: jax.Array | None = None,
@@ -133,7 +136,7 @@ def linear_update(
     elementwise loss and optimizer; the rounding is that of Gupta et al. 2015.
     """
     name = "linear_update"
-    _checks.check_choice(name, "reduction", reduction, _reduce.REDUCTIONS[:-1])
+    _checks.check_choice(name, "reduction", reduction, ScalarReduction)
     devices = Devices.named(
         name, transpose_kernel, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis
     )
@@ -153,6 +156,7 @@ def linear_update(
             f"{name}: rounding_key is for parameters or state in half precision, got "
             f"{params['kernel'].dtype} and no such state; leave it out"
         )
+    _check_key(name, rounding_key)
     if loss is None:
         chunk_loss, per_label = built_in_loss(pos_weight)
     else:
@@ -209,7 +213,7 @@ def _update(
     key: jax.Array | None,
     *,
     name: str,
-    reduction: str,
+    reduction: ScalarReduction,
     loss: ChunkLoss,
     optimizer: Any,
     layout: optimizers.Layout,
@@ -261,6 +265,16 @@ def _update(
         params,
         layout.join(state, others),
     )
+
+
+def _check_key(name: str, key: Any) -> None:
+    try:
+        jax.eval_shape(_key, key, 0)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name}: rounding_key must be one key of jax.random, got {type(key).__name__} of "
+            f"shape {jnp.shape(key)}; make one for each step, jax.random.fold_in(key, step)"
+        ) from error
 
 
 def _is_narrow(array: Any) -> bool:
@@ -341,7 +355,7 @@ class ByLabel(NamedTuple):
 
         return jax.tree.map(part, self.arrays, self.axes)
 
-    def written(self, parts: Any, start: jax.Array | int) -> "ByLabel":
+    def written(self, parts: Any, start: jax.Array | int) -> ByLabel:
         def written(array: jax.Array, axis: int, part: jax.Array) -> jax.Array:
             return chunks.write(array, axis, part, start)
 

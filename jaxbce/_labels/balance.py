@@ -1,5 +1,7 @@
 """The balance of the two classes of each label, from dense labels or ids."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

@@ -1,5 +1,7 @@
 """Label ids (`positives`) to multi-hot arrays and back."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

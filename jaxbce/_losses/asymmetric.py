@@ -1,5 +1,7 @@
 """Asymmetric loss: formula, derivatives, value, and its public function."""
 
+from __future__ import annotations
+
 import decimal
 import functools
 import math
@@ -15,6 +17,7 @@ from jaxbce import _checks, _math
 from jaxbce._loss import Loss, evaluate
 from jaxbce._losses import bce
 from jaxbce._math import WHOLE, multiply_no_nan, product
+from jaxbce._reduce import Reduction
 
 # Asymmetric loss with p and q as above, m = max(p - clip, 0) and n = -log(1 - m):
 #
@@ -140,7 +143,7 @@ def asymmetric_loss(
     label_smoothing: ArrayLike = 0.0,
     where: ArrayLike | None = None,
     axis: int | tuple[int, ...] | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> jax.Array:
     """Focal loss with a focus for each class, that leaves out the easiest negatives altogether.
 

@@ -1,11 +1,14 @@
 """Binary cross-entropy with logits: formula, derivatives, value, and its public functions."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxbce import _math
 from jaxbce._loss import Loss, evaluate
+from jaxbce._reduce import Reduction
 
 # loss(x, y, q) = (1 - y) softplus(x) + q y softplus(-x), with q = 1 for None
 #
@@ -44,7 +47,7 @@ def bce_with_logits(
     label_smoothing: ArrayLike = 0.0,
     where: ArrayLike | None = None,
     axis: int | tuple[int, ...] | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     forward_mode: bool = False,
 ) -> jax.Array:
     """Binary cross-entropy of sigmoid(logits) against labels, in one stable step.
@@ -188,7 +191,7 @@ def sparse_bce_with_logits(
     label_smoothing: ArrayLike = 0.0,
     where: ArrayLike | None = None,
     axis: int | tuple[int, ...] | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> jax.Array:
     """`bce_with_logits` with the labels given as the ids of the positives.
 

@@ -1,5 +1,7 @@
 """Focal loss: formula, derivatives, value, and its public functions."""
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from jaxbce import _checks, _math
 from jaxbce._loss import Loss, evaluate, magnitude, undefined_outside
 from jaxbce._losses import bce
 from jaxbce._math import WHOLE, multiply_no_nan, multiply_no_nan_value, product
+from jaxbce._reduce import Reduction
 
 # Focal loss with p = sigmoid(x), q = sigmoid(-x), m = 1 - p_t = (1 - y) p + y q and c the binary
 # cross-entropy:
@@ -166,7 +169,7 @@ def focal_loss(
     label_smoothing: ArrayLike = 0.0,
     where: ArrayLike | None = None,
     axis: int | tuple[int, ...] | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> jax.Array:
     """Binary cross-entropy that gives less to what the model already gets right.
 

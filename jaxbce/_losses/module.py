@@ -1,5 +1,7 @@
 """The loss as an object, for those who configure it once."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math
@@ -10,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxbce import _checks, _reduce
+from jaxbce import _checks
 from jaxbce._losses.bce import bce_with_logits
+from jaxbce._reduce import Reduction
 
 
 @jax.tree_util.register_pytree_node_class
@@ -62,11 +65,11 @@ class BCEWithLogitsLoss:
     weight: ArrayLike | None = None
     pos_weight: ArrayLike | None = None
     label_smoothing: float = 0.0
-    reduction: str = "mean"
+    reduction: Reduction = "mean"
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        _checks.check_choice(name, "reduction", self.reduction, _reduce.REDUCTIONS)
+        _checks.check_choice(name, "reduction", self.reduction, Reduction)
         above = math.nextafter(1, 2)
         smoothing = _checks.static_number(
             name, "label_smoothing", self.label_smoothing, "in [0, 1]", 0, above
@@ -93,13 +96,13 @@ class BCEWithLogitsLoss:
             reduction=self.reduction,
         )
 
-    def tree_flatten(self) -> tuple[tuple[()], "BCEWithLogitsLoss"]:
+    def tree_flatten(self) -> tuple[tuple[()], BCEWithLogitsLoss]:
         """No leaves: the object itself is what `jax.jit` compiles for."""
         hash(self)
         return (), self
 
     @classmethod
-    def tree_unflatten(cls, same: "BCEWithLogitsLoss", _: Any) -> "BCEWithLogitsLoss":
+    def tree_unflatten(cls, same: BCEWithLogitsLoss, _: Any) -> BCEWithLogitsLoss:
         return same
 
     @functools.cached_property

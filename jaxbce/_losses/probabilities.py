@@ -1,5 +1,7 @@
 """Binary cross-entropy of probabilities: formula, derivatives, value, and its public function."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -7,6 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxbce import _math
 from jaxbce._loss import Loss, evaluate, undefined_outside
+from jaxbce._reduce import Reduction
 
 # loss(p, y) = -y max(log p, -100) - (1 - y) max(log(1 - p), -100)
 #
@@ -98,7 +101,7 @@ def bce(
     label_smoothing: ArrayLike = 0.0,
     where: ArrayLike | None = None,
     axis: int | tuple[int, ...] | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> jax.Array:
     """Binary cross-entropy of probabilities against labels.
 

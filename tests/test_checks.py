@@ -460,7 +460,7 @@ def test_clip_none_says_what_turns_it_off():
         (
             lambda: jaxbce.siglip_loss(FEATURES, FEATURES[:3], 0.0, 0.0),
             ValueError,
-            r"text_embeddings must have shape .* got \(3, 2\).*all sizes must be equal",
+            r"text_embeddings must have at least .* got 3 texts .*; repeat texts that images share",
         ),
         (
             lambda: jaxbce.linear_bce_with_logits(FEATURES, KERNEL, labels=X.T),
@@ -532,6 +532,9 @@ ROWS_OF_IDS = {
         FEATURES, KERNEL, positives=ids
     ),
     "siglip_loss": lambda ids: jaxbce.siglip_loss(FEATURES, FEATURES, 0.0, 0.0, positives=ids),
+    "siglip_loss, ignored": lambda ids: jaxbce.siglip_loss(
+        FEATURES, FEATURES, 0.0, 0.0, ignored=ids
+    ),
     "prior_bias": lambda ids: jaxbce.prior_bias(positives=IDS, ignored=ids, num_labels=3),
 }
 

@@ -97,6 +97,23 @@ def prepare_layer(
     return features, kernel, bias, num_labels
 
 
+def without_hidden_rows(
+    features: jax.Array, weight: jax.Array | None, some: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Features and weights, with 0 for each row that enters no loss.
+
+    It has none of `some` label, or its features are not finite and its weight is 0. Call it before
+    anything is computed of the features, so that no NaN reaches a gradient.
+    """
+    keep = some
+    if weight is not None:
+        keep = _reduce.kept(jnp.max(jnp.abs(features), axis=1, initial=0), weight, some)
+    if keep is not None:
+        features = jnp.where(keep[:, None], features, 0)
+        weight = None if weight is None else jnp.where(keep, weight, 0)
+    return features, weight
+
+
 def prepare(
     given: Given, *, name: str, reduction: str, loss: ChunkLoss, transposed: bool
 ) -> tuple[tuple[int, ...], chunks.Operands, jax.Array | None, tuple[int, int]]:
@@ -130,13 +147,7 @@ def prepare(
         weight = weight.reshape(batch)
     some = None if kept is None else kept != 0
     counted = _reduce.counted(weight, some)
-    keep = some
-    if weight is not None:
-        keep = _reduce.kept(jnp.max(jnp.abs(features), axis=1, initial=0), weight, some)
-    if keep is not None:
-        # Before anything is computed of them, so that no NaN reaches a gradient.
-        features = jnp.where(keep[:, None], features, 0)
-        weight = None if weight is None else jnp.where(keep, weight, 0)
+    features, weight = without_hidden_rows(features, weight, some)
 
     if positives is not None:
         rows_kept = None if counted is None else counted.reshape(lead)

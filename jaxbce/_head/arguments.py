@@ -97,20 +97,21 @@ def prepare_layer(
     return features, kernel, bias, num_labels
 
 
-def without_hidden_rows(
-    features: jax.Array, weight: jax.Array | None, some: jax.Array | None
+def without_unused_rows(
+    features: jax.Array, weight: jax.Array | None, row_kept: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Features and weights, with 0 for each row that enters no loss.
+    """Features and weights, with 0 for each row that the loss does not use.
 
-    It has none of `some` label, or its features are not finite and its weight is 0. Call it before
-    anything is computed of the features, so that no NaN reaches a gradient.
+    Such a row has no label that is kept, or a weight of 0 and features that are not finite. Call it
+    before anything is computed of the features, so that no NaN reaches a gradient.
     """
-    keep = some
+    used = row_kept
     if weight is not None:
-        keep = _reduce.kept(jnp.max(jnp.abs(features), axis=1, initial=0), weight, some)
-    if keep is not None:
-        features = jnp.where(keep[:, None], features, 0)
-        weight = None if weight is None else jnp.where(keep, weight, 0)
+        largest = jnp.max(jnp.abs(features), axis=1, initial=0)
+        used = _reduce.kept(largest, weight, row_kept)
+    if used is not None:
+        features = jnp.where(used[:, None], features, 0)
+        weight = None if weight is None else jnp.where(used, weight, 0)
     return features, weight
 
 
@@ -147,7 +148,7 @@ def prepare(
         weight = weight.reshape(batch)
     some = None if kept is None else kept != 0
     counted = _reduce.counted(weight, some)
-    features, weight = without_hidden_rows(features, weight, some)
+    features, weight = without_unused_rows(features, weight, some)
 
     if positives is not None:
         rows_kept = None if counted is None else counted.reshape(lead)

@@ -151,15 +151,15 @@ def _siglip(
     if ignored is not None:
         ignored = _checks.positives(name, ignored, num_texts, argument="ignored", rows_of=rows_of)
     kept = _reduce.kept_labels(None, ignored, batch, num_texts, dtype)
-    some = None if kept is None else kept != 0
+    row_kept = None if kept is None else kept != 0
     if positives is None:
         positives = jnp.arange(batch, dtype=jnp.int32)[:, None]
-    counted = _reduce.counted(weight, some)
-    positives = _checks.positives(name, positives, num_texts, rows_of=rows_of, keep=counted)
+    row_counted = _reduce.counted(weight, row_kept)
+    positives = _checks.positives(name, positives, num_texts, rows_of=rows_of, keep=row_counted)
     # Before and after the scale, which could make an infinite number of a finite one.
-    images, weight = arguments.without_hidden_rows(images, weight, some)
+    images, weight = arguments.without_unused_rows(images, weight, row_kept)
     scaled = images.astype(dtype) * _math.exp(log_scale.astype(dtype))
-    scaled, weight = arguments.without_hidden_rows(scaled, weight, some)
+    scaled, weight = arguments.without_unused_rows(scaled, weight, row_kept)
     operands = chunks.Operands(
         features=scaled,
         kernel=texts,

@@ -241,7 +241,7 @@ def positives_from_rows(rows: Any, max_positives: int | None = None) -> jax.Arra
             f"row {row}; number the labels from 0, and leave out padding"
         )
     longest = int(lengths.max(initial=0))
-    # An id alone cannot tell this, so only an array, which may come from elsewhere, is suspected.
+    # Ids of 0 and 1 alone may be right in lists. Three or more in each row of an array are not.
     if getattr(rows, "ndim", 1) == 2 and longest > 2 and not (ids > 1).any():
         raise ValueError(
             f"{name}: rows must be rows of ids, got an array of shape {rows.shape} of zeros and "
@@ -275,6 +275,7 @@ def _of_rows(name: str, rows: Any) -> tuple[np.ndarray, np.ndarray]:
         )
     arrays = [_row_of_ids(name, i, row) for i, row in enumerate(rows)]
     lengths = np.array([array.size for array in arrays], np.int64)
+    # NumPy makes float64 of an empty list, and of all ids beside one. It holds every int32 exactly.
     return np.concatenate([np.zeros(0, np.int32), *arrays]), lengths
 
 
@@ -300,7 +301,7 @@ def _row_of_ids(name: str, i: int, row: Any) -> np.ndarray:
             f"{name}: row {i} of rows must hold integer ids below 2**31, got {array.dtype}; "
             "convert them to int, or for a multi-hot array use jaxbce.positives_from_multi_hot"
         )
-    return array if array.size else np.zeros(0, np.int32)  # NumPy makes floats of an empty list
+    return array
 
 
 def check_num_labels(name: str, num_labels: Any) -> None:

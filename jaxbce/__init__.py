@@ -16,7 +16,7 @@ from jaxbce._head.siglip import siglip_loss
 from jaxbce._head.top_k import linear_top_k
 from jaxbce._head.update import linear_update
 from jaxbce._labels.balance import balanced_pos_weight, prior_bias
-from jaxbce._labels.ids import multi_hot, positives_from_multi_hot
+from jaxbce._labels.ids import multi_hot, positives_from_multi_hot, positives_from_rows
 from jaxbce._loss import Loss
 from jaxbce._losses.asymmetric import asymmetric_loss
 from jaxbce._losses.bce import (
@@ -44,6 +44,7 @@ __all__ = [
     "log_sigmoid",
     "multi_hot",
     "positives_from_multi_hot",
+    "positives_from_rows",
     "prior_bias",
     "siglip_loss",
     "sigmoid",

@@ -72,8 +72,14 @@ def dense_head(arguments, reduction="mean", formula=bce_with_logits, parameter="
 def dense_pairs(arguments):
     images, texts = arguments["image_embeddings"], arguments["text_embeddings"]
     logits = jnp.exp(arguments["log_scale"]) * (images @ texts.T) + arguments["bias"]
-    same = jnp.eye(len(images), dtype=logits.dtype)
-    return bce_with_logits(logits, same).sum() / len(images)
+    if "text_bias" in arguments:
+        logits += arguments["text_bias"][None]
+    ids = arguments.get("positives", jnp.arange(len(images))[:, None])
+    loss = bce_with_logits(logits, jax.nn.one_hot(ids, len(texts), dtype=logits.dtype).max(-2))
+    if "ignored" in arguments:
+        loss = jnp.where(jax.nn.one_hot(arguments["ignored"], len(texts)).max(-2) == 0, loss, 0)
+    weight = arguments.get("weight", jnp.ones_like(loss[:, 0]))
+    return jnp.sum(loss * weight[:, None]) / len(images)
 
 
 def dense_top_k(arguments, k):
@@ -178,9 +184,13 @@ def pairs(arguments, **devices):
 def draw_pairs(rng, rows=ROWS, labels=None):
     drawn = {
         "image_embeddings": rng.normal(size=(rows, WIDTH)),
-        "text_embeddings": rng.normal(size=(rows, WIDTH)),
+        "text_embeddings": rng.normal(size=(rows + 2, WIDTH)),
         "log_scale": np.array(0.5),
         "bias": np.array(-1.0),
+        "positives": rng.integers(-1, rows + 2, (rows, 2)).astype(np.int32),
+        "ignored": rng.integers(-1, rows + 2, (rows, 1)).astype(np.int32),
+        "weight": rng.uniform(0.5, 2, rows),
+        "text_bias": rng.normal(size=rows + 2),
     }
     return in_float32(drawn)
 

@@ -1,12 +1,14 @@
 """Label ids to multi-hot and back, the loss from ids, class balance."""
 
 import functools
+import inspect
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.sparse
 from programs import collectives
 
 import jaxbce
@@ -126,6 +128,149 @@ def test_positives_of_large_labels_need_little_memory(shape, max_positives, dtyp
         lambda labels: jaxbce.positives_from_multi_hot(labels, max_positives), labels
     )
     assert held < 2.5 * labels.size
+
+
+class Csr:
+    """What `scipy.sparse` calls so, by its attributes: ids at the end that no row has, too."""
+
+    def __init__(self, rows, data=None):
+        flat = [each for row in rows for each in row]
+        self.indptr = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+        self.indices = np.array([*flat, -5], np.int32)
+        self.data = np.ones(len(flat) + 1) if data is None else np.array([*data, 1])
+
+
+def objects(rows):
+    """An array of objects, of one axis even if the rows are of one length."""
+    array = np.empty(len(rows), object)
+    array[:] = rows
+    return array
+
+
+ROWS_OF_IDS = [[17], [4, 99, 3], [], [42, 4, 4]]
+KINDS_OF_ROWS = {
+    "lists": lambda rows: rows,
+    "tuples": lambda rows: tuple(map(tuple, rows)),
+    "arrays": lambda rows: [np.array(row, np.uint16) for row in rows],
+    "arrays of several dtypes": lambda rows: [
+        np.array(row, dtype) for row, dtype in zip(rows, ["u8", "i8", "f4", "i1"], strict=False)
+    ],
+    "JAX arrays": lambda rows: [jnp.array(row, jnp.int32) for row in rows],
+    "ragged": lambda rows: objects([np.array(row, int) for row in rows]),
+    "ragged objects": lambda rows: objects([np.array(row, object) for row in rows]),
+    "iterator": iter,
+    "CSR": Csr,
+}
+
+
+@pytest.mark.parametrize("max_positives", [None, 3, 5], ids=["longest row", "fits", "padded"])
+@pytest.mark.parametrize("kind", KINDS_OF_ROWS)
+def test_positives_from_rows(kind, max_positives):
+    got = jaxbce.positives_from_rows(KINDS_OF_ROWS[kind](ROWS_OF_IDS), max_positives)
+    assert isinstance(got, jax.Array)
+    assert got.dtype == jnp.int32
+    width = max_positives or 3
+    expected = [row + [-1] * (width - len(row)) for row in ROWS_OF_IDS]
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint8", object], ids=str)
+@pytest.mark.parametrize("rows", [[[0, 1], [1, 0]], [[4, 3, 2], [0, 0, 1]], [[7]]], ids=str)
+def test_rows_that_happen_to_have_one_length(rows, dtype):
+    """NumPy then makes an array of two axes of what was ragged in other batches."""
+    np.testing.assert_array_equal(jaxbce.positives_from_rows(np.array(rows, dtype)), rows)
+
+
+@pytest.mark.parametrize("rows", [[], [[]], [[], []], np.zeros((2, 0)), Csr([[]])], ids=repr)
+def test_rows_of_nothing(rows):
+    number = len(rows) if hasattr(rows, "__len__") else 1
+    assert jaxbce.positives_from_rows(rows).shape == (number, 0)
+    np.testing.assert_array_equal(jaxbce.positives_from_rows(rows, 2), np.full((number, 2), -1))
+
+
+@pytest.mark.parametrize("data", [[1, 0, 2.5, -1, 0], [True, False, True, True, False]], ids=str)
+def test_zeros_kept_in_a_sparse_matrix_are_no_positives(data):
+    """Also where they would make a row too long."""
+    got = jaxbce.positives_from_rows(Csr([[3, 8], [0, 5, 2], []], data), 2)
+    np.testing.assert_array_equal(got, [[3, -1], [0, 5], [-1, -1]])
+
+
+@pytest.mark.parametrize("kind", ["csr", "csc", "coo", "lil", "dok"])
+@pytest.mark.parametrize("container", ["array", "matrix"])
+def test_positives_from_a_matrix_of_scipy(container, kind, rng):
+    labels = (rng.random((9, 31)) < 0.2).astype(np.float32)
+    sparse = getattr(scipy.sparse, f"csr_{container}")(labels).asformat(kind)
+    got = jaxbce.positives_from_rows(sparse, 12)
+    np.testing.assert_array_equal(got, jaxbce.positives_from_multi_hot(labels, 12))
+
+
+def test_scipy_is_not_imported_for_rows():
+    text = inspect.getsource(inspect.getmodule(jaxbce.positives_from_rows))
+    assert "import scipy" not in text
+    assert "from scipy" not in text
+
+
+@pytest.mark.parametrize("kind", ["lists", "ragged", "CSR"])
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ([[1], [], [2, 3, 4, 5]], ValueError, r"at most 3 ids .*got 4 in row 2; pass .*=4,"),
+        ([[1] * 4, [], [2] * 6], ValueError, "got 4 in row 0; pass max_positives=6, the longest"),
+        ([[], [], [2, 3], [4, -1]], ValueError, r"\[0, 2147483647\], got -1 in row 3; .* padding"),
+    ],
+    ids=["too long", "two too long", "negative"],
+)
+def test_a_row_that_is_wrong_is_named(kind, rows, error, message):
+    with pytest.raises(error, match=f"positives_from_rows: rows must .*{message}"):
+        jaxbce.positives_from_rows(KINDS_OF_ROWS[kind](rows), 3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ([[1], [2**31]], ValueError, "got 2147483648 in row 1"),
+        ([[1], [2**63 + 1], [-3]], ValueError, "in row 1"),
+        ([[1], [2**64]], TypeError, r"row 1 of rows .* ids below 2\*\*31, got object"),
+        ([[1], [2.0]], TypeError, "row 1 of rows .* got float64; convert them to int"),
+        ([[1], ["a"]], TypeError, "row 1 of rows .* got <U1"),
+        ([[1], [None]], TypeError, "row 1 of rows .* got object"),
+        (DENSE == 1, TypeError, "row 0 of rows .* got bool; .*positives_from_multi_hot"),
+        (DENSE, ValueError, r"\(4, 5\) of zeros and ones; .*positives_from_multi_hot"),
+        ([1, 2], TypeError, r"row 0 of rows must be a flat list of ids, got int; .*\[id\]"),
+        ([[1], {2}], TypeError, r"row 1 of rows must be a flat list .* got set; .*list\(row\)"),
+        ([[[1], [2, 3]]], TypeError, "row 0 of rows must be a flat list of ids, got list"),
+        (None, TypeError, "rows must be lists of ids, got NoneType; pass one list per row"),
+    ],
+    ids=[
+        "too large",
+        "too large for int64",
+        "too large for all integers",
+        "float",
+        "text",
+        "None in a row",
+        "bool",
+        "multi-hot",
+        "numbers",
+        "set",
+        "nested",
+        "None",
+    ],
+)
+def test_rows_that_are_none(rows, error, message):
+    with pytest.raises(error, match=f"positives_from_rows: .*{message}"):
+        jaxbce.positives_from_rows(rows)
+
+
+@pytest.mark.parametrize("wrap", [lambda ids: ids, lambda ids: [ids[0]]], ids=["array", "list"])
+def test_rows_that_are_traced(wrap):
+    with pytest.raises(TypeError, match="positives_from_rows: rows must be known, got a traced"):
+        jax.jit(lambda ids: jaxbce.positives_from_rows(wrap(ids)))(POSITIVES)
+
+
+@pytest.mark.parametrize("max_positives", [-1, 1.0, "3"], ids=repr)
+def test_max_positives_of_rows_is_a_size(max_positives):
+    with pytest.raises(ValueError, match="positives_from_rows: max_positives must be an int of"):
+        jaxbce.positives_from_rows([[1]], max_positives)
 
 
 def test_positives_of_sharded_rows_move_nothing(mesh):

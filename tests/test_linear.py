@@ -656,14 +656,14 @@ def test_siglip_loss_of_nothing():
 @pytest.mark.parametrize(
     ("images", "texts", "message"),
     [
-        ((3, 2), (4, 2), "text_embeddings must have shape"),
+        ((4, 2), (3, 2), "text_embeddings must have at least as many rows"),
         (
             (3, 2, 1),
             (3, 2, 1),
             r"image_embeddings must have shape \(batch, width\), got \(3, 2, 1\)",
         ),
     ],
-    ids=["more texts than images", "three axes"],
+    ids=["fewer texts than images", "three axes"],
 )
 def test_siglip_loss_errors(images, texts, message):
     with pytest.raises(ValueError, match=f"siglip_loss: {message}"):

@@ -50,6 +50,9 @@ PAIRS = {
     "text_embeddings": (normal(ROWS, WIDTH), ("data", None)),
     "log_scale": (np.float32(0.3), ()),
     "bias": (np.float32(-1), ()),
+    "ignored": (np.roll(np.arange(ROWS, dtype=np.int32), 1)[:, None], ("data", None)),
+    "weight": (positive(ROWS), ("data",)),
+    "text_bias": (normal(ROWS), ("data",)),
 }
 
 
@@ -356,7 +359,7 @@ def test_pairs_in_shards():
 # --- sizes ---------------------------------------------------------------------------------------
 
 BATCHED = {"logits", "probs", "labels", "weight", "where", "features", "positives"}
-BATCHED |= {"image_embeddings", "text_embeddings"}
+BATCHED |= {"image_embeddings", "text_embeddings", "ignored", "text_bias"}
 HUGE = jax.ShapeDtypeStruct((2**18, 2**17), jnp.bfloat16)  # 2^35 elements
 HUGE_MASKS = {"none": None, "full": HUGE.shape, "rows": (2**18, 1), "labels": (2**17,)}
 REDUCTIONS = ["mean", "weighted_mean", "sum", "batchmean", "none"]

@@ -98,6 +98,24 @@ def prepare_layer(
     return features, kernel, bias, num_labels
 
 
+def without_unused_rows(
+    features: jax.Array, weight: jax.Array | None, row_kept: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Features and weights, with 0 for each row that the loss does not use.
+
+    Such a row has no label that is kept, or a weight of 0 and features that are not finite. Call it
+    before anything is computed of the features, so that no NaN reaches a gradient.
+    """
+    used = row_kept
+    if weight is not None:
+        largest = jnp.max(jnp.abs(features), axis=1, initial=0)
+        used = _reduce.kept(largest, weight, row_kept)
+    if used is not None:
+        features = jnp.where(used[:, None], features, 0)
+        weight = None if weight is None else jnp.where(used, weight, 0)
+    return features, weight
+
+
 def prepare(
     given: Given, *, name: str, reduction: Reduction, loss: ChunkLoss, transposed: bool
 ) -> tuple[tuple[int, ...], chunks.Operands, jax.Array | None, tuple[int, int]]:
@@ -131,14 +149,7 @@ def prepare(
         weight = weight.reshape(batch)
     row_kept = None if kept is None else kept != 0  # has a label that no mask leaves out
     row_counted = _reduce.counted(weight, row_kept)  # nor a weight of 0
-    used = row_kept
-    if weight is not None:
-        largest = jnp.max(jnp.abs(features), axis=1, initial=0)
-        used = _reduce.kept(largest, weight, row_kept)
-    if used is not None:
-        # Before anything is computed of them, so that no NaN reaches a gradient.
-        features = jnp.where(used[:, None], features, 0)
-        weight = None if weight is None else jnp.where(used, weight, 0)
+    features, weight = without_unused_rows(features, weight, row_kept)
 
     if positives is not None:
         checked_rows = None if row_counted is None else row_counted.reshape(lead)

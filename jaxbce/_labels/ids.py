@@ -1,11 +1,13 @@
-"""Label ids (`positives`) to multi-hot arrays and back."""
+"""Label ids (`positives`) of rows of ids, to multi-hot arrays and back."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxbce import _checks, _math, _placement
@@ -180,6 +182,122 @@ def _positives_of(labels: Any, *, name: str, max_positives: int) -> jax.Array:
     for _ in labels.shape[:-1]:
         row = jax.vmap(row)
     return row(labels)
+
+
+def positives_from_rows(rows: Any, max_positives: int | None = None) -> jax.Array:
+    """Rows of label ids, each of its own length, as one array padded with -1.
+
+    Use it to turn label ids as data sets have them into `positives`: lists of lists, ragged NumPy
+    arrays, sparse matrices of SciPy. It works on the host, outside `jax.jit`, and SciPy need not be
+    installed. Give all batches the same `max_positives`: each new width compiles a jitted step
+    anew.
+
+    Formula: result[i] = the ids of row i, in their order, then -1 up to max_positives.
+
+    Args:
+      rows: one row of ids per example: lists, tuples or integer arrays in a list, in an array or in
+        another iterable. Or a `scipy.sparse` matrix or array [rows, labels], best in CSR: the ids
+        are the columns whose value is not 0.
+      max_positives: the number of ids per row P, an int; None takes the longest row of this call.
+
+    Returns:
+      An int32 array [rows, P] of JAX, as `positives_from_multi_hot` returns.
+
+    Raises:
+      TypeError: rows are not rows, or an id is not an integer.
+      ValueError: a row has more than max_positives ids, an id is negative or does not fit int32,
+        rows are a multi-hot array, or max_positives is not a non-negative int. The error names the
+        row.
+
+    Edge values: a row may be empty. Duplicates stay, and count once wherever jaxbce takes ids. No
+    rows give an array [0, P].
+
+    Differentiable: no, the ids are integers.
+
+    Example:
+      >>> import jaxbce
+      >>> print(jaxbce.positives_from_rows([[7], [], [4, 0]], max_positives=3))
+      [[ 7 -1 -1]
+       [-1 -1 -1]
+       [ 4  0 -1]]
+
+    Source: the padding of sequences in `keras.utils.pad_sequences`, which cuts a long row silently.
+    """
+    name = "positives_from_rows"
+    if max_positives is not None:
+        _checks.check_size(name, "max_positives", max_positives, least=0)
+    rows = rows.tocsr() if hasattr(rows, "tocsr") else rows
+    ids, lengths = _of_csr(rows) if hasattr(rows, "indptr") else _of_rows(name, rows)
+    outside = (ids < 0) | (ids > np.iinfo(np.int32).max)
+    if outside.any():
+        at = np.argmax(outside)
+        row = np.searchsorted(np.cumsum(lengths), at, side="right")
+        raise ValueError(
+            f"{name}: rows must hold ids in [0, {np.iinfo(np.int32).max}], got {int(ids[at])} in "
+            f"row {row}; number the labels from 0, and leave out padding"
+        )
+    longest = int(lengths.max(initial=0))
+    # Ids of 0 and 1 alone may be right in lists. Three or more in each row of an array are not.
+    if getattr(rows, "ndim", 1) == 2 and longest > 2 and not (ids > 1).any():
+        raise ValueError(
+            f"{name}: rows must be rows of ids, got an array of shape {rows.shape} of zeros and "
+            "ones; for a multi-hot array use jaxbce.positives_from_multi_hot"
+        )
+    width = longest if max_positives is None else max_positives
+    if longest > width:
+        row = np.argmax(lengths > width)
+        raise ValueError(
+            f"{name}: rows must have at most {width} ids (max_positives), got {lengths[row]} in "
+            f"row {row}; pass max_positives={longest}, the longest row, or shorten the rows before"
+        )
+    positives = np.full((lengths.size, width), -1, np.int32)
+    positives[np.arange(width)[None] < lengths[:, None]] = ids
+    return jnp.asarray(positives)
+
+
+def _of_csr(matrix: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The columns of what is not 0 in a CSR matrix, row after row, and how many each row has."""
+    start = np.asarray(matrix.indptr)
+    kept = np.asarray(matrix.data)[: start[-1]] != 0
+    before = np.concatenate([[0], np.cumsum(kept)])
+    return np.asarray(matrix.indices)[: start[-1]][kept], np.diff(before[start])
+
+
+def _of_rows(name: str, rows: Any) -> tuple[np.ndarray, np.ndarray]:
+    """All ids, row after row, and how many each row has."""
+    if not isinstance(rows, Iterable):
+        raise TypeError(
+            f"{name}: rows must be lists of ids, got {type(rows).__name__}; pass one list per row"
+        )
+    arrays = [_row_of_ids(name, i, row) for i, row in enumerate(rows)]
+    lengths = np.array([array.size for array in arrays], np.int64)
+    # NumPy makes float64 of an empty list, and of all ids beside one. It holds every int32 exactly.
+    return np.concatenate([np.zeros(0, np.int32), *arrays]), lengths
+
+
+def _row_of_ids(name: str, i: int, row: Any) -> np.ndarray:
+    if isinstance(row, jax.core.Tracer):
+        raise TypeError(
+            f"{name}: rows must be known, got a traced array; call it outside of jax.jit, where "
+            "batches are made"
+        )
+    try:
+        array = np.asarray(row)
+        if array.dtype == object and array.ndim == 1:
+            array = np.asarray(array.tolist())  # Python integers in an array of objects
+    except ValueError:  # lists of several lengths
+        array = np.zeros((1, 1))
+    if array.ndim != 1:
+        raise TypeError(
+            f"{name}: row {i} of rows must be a flat list of ids, got {type(row).__name__}; one id "
+            "is a list too, [id], and a set becomes one by list(row)"
+        )
+    if array.size and array.dtype.kind not in "iu":
+        raise TypeError(
+            f"{name}: row {i} of rows must hold integer ids below 2**31, got {array.dtype}; "
+            "convert them to int, or for a multi-hot array use jaxbce.positives_from_multi_hot"
+        )
+    return array
 
 
 def check_num_labels(name: str, num_labels: Any) -> None:

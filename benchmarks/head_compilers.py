@@ -1,6 +1,6 @@
-"""Claim: as the compilers of a TPU v5e and an H100 count it, the last layer with its loss and all
-its gradients moves little more than its three matrix products alone. This holds for label ids, for
-every loss and for an update by SGD. `siglip_loss` moves less than the formula by hand, and
+"""Claim: as the compiler of a TPU v5e counts it, the last layer with its loss and all its gradients
+moves little more than its three matrix products alone; on an H100 about twice as much. This holds
+for label ids and for every loss. `siglip_loss` moves less than the formula by hand, and
 `sparse_bce_with_logits` little more than the loss of dense labels.
 
 Both compilers run without the hardware. What they say is exact and has no noise; it is not a time.
@@ -11,8 +11,8 @@ names the case that it is compared with.
     pip install "jax[tpu]" optax && python benchmarks/head_compilers.py --target tpu
     pip install "jax[cuda12]" optax && python benchmarks/head_compilers.py --target h100  # 5.5 GB
 
-The compiler of the TPU also counts what moves within a chip, between its two memories. It stages a
-donated kernel there, so that a step which donates its parameters counts more bytes.
+The compiler of the TPU also counts what moves between main and on-chip memory. It stages the new
+kernel on the chip where parameters are donated, so that such a step counts more bytes.
 """
 
 import argparse

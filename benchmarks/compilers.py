@@ -120,12 +120,22 @@ def transcendentals(hlo: str) -> int:
     return sum(elements(m[2]) for m in matches if m[3] in TRANSCENDENTAL)
 
 
+def mesh_of(target: str, devices: int = 1) -> Mesh:
+    topology = topologies.get_topology_desc(**TARGETS[target])
+    return Mesh(np.array(topology.devices[:devices]), ("devices",))
+
+
+def bytes_moved(target: str, compiled: jax.stages.Compiled) -> float:
+    if target == "h100":
+        return traffic(compiled.as_text())
+    return compiled.cost_analysis()["bytes accessed"]
+
+
 def compile_one(
     target: str, contender: str, case: str, dtypes: tuple[str, str], batch: int, labels: int
 ):
     """One row of the table; the dtypes are those of logits and labels."""
-    topology = topologies.get_topology_desc(**TARGETS[target])
-    one_device = NamedSharding(Mesh(np.array(topology.devices[:1]), ("d",)), PartitionSpec())
+    one_device = NamedSharding(mesh_of(target), PartitionSpec())
 
     def argument(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=one_device)
@@ -138,8 +148,7 @@ def compile_one(
     step = jax.jit(jax.value_and_grad(CONTENDERS[contender]))
     compiled = step.lower(logits, truth, options).compile()
 
-    hlo = compiled.as_text()
-    moved = compiled.cost_analysis()["bytes accessed"] if target == "tpu" else traffic(hlo)
+    moved = bytes_moved(target, compiled)
     arrays = [logits, truth, *options.values()]
     once = (
         sum(array.size * array.dtype.itemsize for array in arrays)
@@ -156,7 +165,7 @@ def compile_one(
         "bytes / bound": moved / (once + again),
         "temporary / logits": compiled.memory_analysis().temp_size_in_bytes
         / (logits.size * logits.dtype.itemsize),
-        "transcendentals": transcendentals(hlo) / logits.size,
+        "transcendentals": transcendentals(compiled.as_text()) / logits.size,
     }
 
 

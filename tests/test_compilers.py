@@ -45,6 +45,40 @@ ROWS = [
     if case != "pos_weight" or contender not in contenders.WITHOUT_POS_WEIGHT
 ]
 
+# The most that a case of `head_compilers.py` may move, over the case it is compared with: the three
+# matrix products of the layer, the loss of dense labels, or the formula of SigLIP by hand.
+LAYERS = [
+    *("16 ids", "128 ids", "16 ids, table", "dense labels"),
+    *(f"16 ids, {name} loss" for name in ("focal", "asymmetric", "own")),
+]
+BOUNDS = {
+    "tpu": {
+        **dict.fromkeys(LAYERS, 1.15),
+        "16 ids, 4 chips": 1.15,
+        "16 ids, no bias": 1.15,
+        "16 ids, weight": 1.25,
+        "16 ids, 16 ignored": 1.3,
+        "update": 1.25,
+        "update, donated": 1.5,
+        "update, table": 1.25,
+        "16 ids, loss": 1.15,
+        "siglip": 1.0,
+        "siglip, a turn on 4 chips": 1.6,  # sums that travel are counted too
+    },
+    "h100": {
+        **dict.fromkeys(LAYERS, 2.2),
+        "16 ids, no bias": 1.9,
+        "16 ids, weight": 2.5,
+        "16 ids, 16 ignored": 3.0,
+        "update": 3.0,
+        "update, donated": 3.0,
+        "update, table": 3.0,
+        "16 ids, loss": 1.15,
+        "siglip": 1.0,
+    },
+}
+TARGETS = sorted({run[0] for run in INSTALLED})
+
 # The platform is chosen before jax is imported: each compiles in a fresh process.
 needs_a_compiler = pytest.mark.skipif(
     not INSTALLED, reason='no compiler is installed: pip install "jax[tpu]"'
@@ -55,19 +89,22 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
+def rows_of(script, options, folder):
+    output = folder.mktemp("compilers") / "rows.json"
+    command = [sys.executable, BENCHMARKS / script, *options, "--json", output]
+    subprocess.run(command, check=True, timeout=1500)
+    return json.loads(output.read_text())["rows"]
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """Rows by (target, contender, dtypes of logits and labels, case)."""
 
     def rows(run):
         target, names, logits, labels, cases, shape = run
-        output = tmp_path_factory.mktemp("compilers") / "rows.json"
         options = ["--target", target, "--contenders", *names, "--cases", *cases]
         options += ["--dtypes", logits, "--labels", labels, "--shape", *map(str, shape)]
-        options += ["--json", output]
-        command = [sys.executable, BENCHMARKS / "compilers.py", *options]
-        subprocess.run(command, check=True, timeout=1500)
-        found = json.loads(output.read_text())["rows"]
+        found = rows_of("compilers.py", options, tmp_path_factory)
         return {(target, row["contender"], logits, labels, row["case"]): row for row in found}
 
     with ThreadPoolExecutor(2) as pool:
@@ -85,6 +122,27 @@ def test_inputs_are_read_once_and_the_gradient_is_written_once(compiled, row):
 @pytest.mark.parametrize("row", [row for row in ROWS if row[1] == "jaxbce"], ids="-".join)
 def test_one_exponential_serves_the_loss_and_the_gradient(compiled, row):
     assert compiled[row]["transcendentals"] == 1
+
+
+@pytest.fixture(scope="module")
+def ratios(tmp_path_factory):
+    """By (target, case)."""
+    return {
+        (target, row["case"]): row["ratio"]
+        for target in TARGETS
+        for row in rows_of("head_compilers.py", ["--target", target], tmp_path_factory)
+    }
+
+
+@needs_a_compiler
+@pytest.mark.parametrize(
+    "row",
+    [(target, case) for target in TARGETS for case in BOUNDS[target]],
+    ids="-".join,
+)
+def test_the_head_moves_little_more_than_its_products(ratios, row):
+    target, case = row
+    assert 0 < ratios[row] <= BOUNDS[target][case]
 
 
 def run_in_benchmarks(code):

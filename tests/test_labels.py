@@ -181,7 +181,11 @@ def test_rows_that_happen_to_have_one_length(rows, dtype):
     np.testing.assert_array_equal(jaxbce.positives_from_rows(np.array(rows, dtype)), rows)
 
 
-@pytest.mark.parametrize("rows", [[], [[]], [[], []], np.zeros((2, 0)), Csr([[]])], ids=repr)
+@pytest.mark.parametrize(
+    "rows",
+    [[], [[]], [[], []], np.zeros((2, 0)), Csr([[]])],
+    ids=["none", "one", "two", "array", "sparse"],
+)
 def test_rows_of_nothing(rows):
     number = len(rows) if hasattr(rows, "__len__") else 1
     assert jaxbce.positives_from_rows(rows).shape == (number, 0)

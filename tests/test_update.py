@@ -629,8 +629,14 @@ def test_an_optimizer_that_treats_elements_apart_is_welcome(optimizer, chunk_siz
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("placed", [False, True], ids=["nothing placed", "placed"])
-@pytest.mark.parametrize("optimizer", (OPTIMIZERS | WELCOME).values(), ids=OPTIMIZERS | WELCOME)
+@pytest.mark.parametrize(
+    ("optimizer", "placed"),
+    [
+        *((optimizer, False) for optimizer in (OPTIMIZERS | WELCOME).values()),
+        *((optimizer, True) for optimizer in OPTIMIZERS.values()),
+    ],
+    ids=[*(OPTIMIZERS | WELCOME), *(f"placed-{name}" for name in OPTIMIZERS)],
+)
 def test_an_optimizer_is_welcome_on_explicit_axes_too(optimizer, placed, rng):
     mesh = jax.make_mesh((2, 4), ("data", "model"), (jax.sharding.AxisType.Explicit,) * 2)
     arguments = draw_head(rng, 8, 24, names=("bias", "positives"))

@@ -604,10 +604,19 @@ def read(optimizer, rng, **options):
     return jax.eval_shape(step, params, jax.eval_shape(optimizer.init, params))
 
 
+# Each by itself, and a few behind everything that can hide what they do.
+REFUSED = [(name, "") for name in MIXING]
+REFUSED += [
+    (name, hiding)
+    for name in ("global norm", "noise", "the largest", "behind a condition", "a callback")
+    for hiding in list(HIDING)[1:]
+]
+
+
 @pytest.mark.thorough
-@pytest.mark.parametrize("hidden", HIDING.values(), ids=HIDING)
-@pytest.mark.parametrize("optimizer", MIXING.values(), ids=MIXING)
-def test_an_optimizer_that_mixes_elements_is_refused(optimizer, hidden, rng):
+@pytest.mark.parametrize(("optimizer", "hiding"), REFUSED, ids=map(" ".join, REFUSED))
+def test_an_optimizer_that_mixes_elements_is_refused(optimizer, hiding, rng):
+    optimizer, hidden = MIXING[optimizer], HIDING[hiding]
     with (
         jax.numpy_rank_promotion("allow"),
         pytest.raises(
@@ -622,7 +631,7 @@ def test_an_optimizer_that_mixes_elements_is_refused(optimizer, hidden, rng):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("optimizer", WELCOME.values(), ids=WELCOME)
-@pytest.mark.parametrize("chunk_size", [None, 1, 3], ids=str)
+@pytest.mark.parametrize("chunk_size", [1, 3], ids=str)
 def test_an_optimizer_that_treats_elements_apart_is_welcome(optimizer, chunk_size, rng):
     with jax.numpy_rank_promotion("allow"):
         read(optimizer, rng, chunk_size=chunk_size)

@@ -22,7 +22,6 @@ from jaxbce._labels.ids import ones_at
 from jaxbce._loss import is_defined
 
 Gradients = dict[str, Any]  # of every float operand that is given, whatever is wanted
-Candidates = tuple[jax.Array, jax.Array]  # logits of each row and their labels
 
 
 class Operands(NamedTuple):

@@ -32,19 +32,19 @@ CALLING = (
 # Operations that compute each element of their result from the same element of their operands.
 ELEMENTWISE = """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e
-    bitcast_convert_type cbrt ceil clamp
-    convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor
-    ge gt integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not
-    optimization_barrier or pow reduce_precision rem round rsqrt select_n shift_left
-    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh
-    xor
+    bitcast_convert_type cbrt ceil clamp convert_element_type copy copy_p cos cosh digamma div
+    eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac integer_pow
+    is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not one_minus_square
+    optimization_barrier or polygamma polynomial pow reduce_precision
+    regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic
+    shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta
 """
 # Those that drop some axes, and treat each place on the others apart.
 DROPPING = """
     argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum squeeze unstack
 """
 # Those that work along some axes, and treat each place on the others apart.
-ALONG = "cumlogsumexp cummax cummin cumprod cumsum rev slice sort"
+ALONG = "cumlogsumexp cummax cummin cumprod cumsum rev slice sort split"
 # Those that JAX adds or leaves out for an axis of one element.
 SHAPING = "broadcast_in_dim reduce_sum reshape squeeze"
 # Those that change something outside of the program.

@@ -206,9 +206,19 @@ class MultiLabelHead(nnx.Module):
                 f"{type(optimizer).__name__}; make one of this head alone, "
                 "flax.nnx.Optimizer(head, tx, wrt=flax.nnx.Param)"
             )
-        params = {"kernel": self.kernel[...]}
-        if self.bias is not None:
-            params["bias"] = self.bias[...]
+        if type(optimizer).update is not nnx.Optimizer.update:
+            raise TypeError(
+                f"MultiLabelHead: optimizer has an update of its own, {type(optimizer).__name__}, "
+                "which needs the whole gradient; put what it does into its transformation"
+            )
+        own = {"kernel": self.kernel} | ({} if self.bias is None else {"bias": self.bias})
+        if changed := [name for name, variable in own.items() if not _is_plain(variable)]:
+            raise TypeError(
+                f"MultiLabelHead: {changed[0]} must be a flax.nnx.Param as it is, got "
+                f"{type(own[changed[0]]).__name__}, which changes its value when it is read or "
+                "set; train it with MultiLabelHead.loss and optimizer.update"
+            )
+        params = {name: variable[...] for name, variable in own.items()}
         given, param_dtype = self._checked(features), self.kernel[...].dtype
         dtype = jnp.dtype(self.dtype or given.dtype)
         if self.dtype is not None and self._promoted(dtype, param_dtype) != dtype:
@@ -310,6 +320,16 @@ class _OfHead:
     def update(self, slopes: dict[str, Any], state: Any, params: dict[str, Any]) -> Any:
         updates, state = self.tx.update(self._own(slopes), state, self._own(params))
         return jax.tree.map(jnp.zeros_like, slopes) | dict(updates), state
+
+
+def _is_plain(variable: nnx.Variable[Any]) -> bool:
+    """Whether a Variable holds the value that it gives."""
+    hooks = {"on_get_value", "on_set_value"} & variable.get_metadata().keys()
+    methods = [
+        getattr(type(variable), name, None) is getattr(nnx.Param, name, None)
+        for name in ("get_value", "set_value")
+    ]
+    return not hooks and all(methods)
 
 
 def _is_variable(value: Any) -> bool:

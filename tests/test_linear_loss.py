@@ -150,6 +150,9 @@ LOSSES = {
     "optax": optax.sigmoid_binary_cross_entropy,
     "optax focal": optax.sigmoid_focal_loss,
     "focus that is constant": of_jaxbce(jaxbce.asymmetric_loss, stop_focus_gradient=True),
+    "tanh": lambda logits, labels: (jnp.tanh(logits) - labels) ** 2,
+    "probit": lambda logits, labels: (jax.scipy.stats.norm.cdf(logits) - labels) ** 2,
+    "gelu": lambda logits, labels: jax.nn.gelu(logits) - labels * logits,
     "hinge": lambda logits, labels: jnp.maximum(0, 1 - (2 * labels - 1) * logits),
 }
 

@@ -491,6 +491,37 @@ def test_moments_made_after_their_head_are_sharded_as_it_is(kinds, axis):
     assert nnx.eval_shape(lambda: made_on(kinds, axis)[0]).kernel.shape == (WIDTH, 40)
 
 
+class OwnUpdate(nnx.Optimizer):
+    def update(self, model, grads, **options):
+        super().update(model, jax.tree.map(lambda g: 0 * g, grads), **options)
+
+
+class Half(nnx.Param):
+    def get_value(self, **options):
+        return super().get_value(**options) / 2
+
+
+OWN = {
+    "update": (OwnUpdate, lambda a: nnx.Param(a), "an update of its own, OwnUpdate"),
+    "get_value": (nnx.Optimizer, Half, "kernel must be a flax.nnx.Param as it is, got Half"),
+    "hook": (
+        nnx.Optimizer,
+        lambda a: nnx.Param(a, on_get_value=lambda variable, value: 2 * value),
+        "kernel must be a flax.nnx.Param as it is",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Variable hooks are deprecated")
+@pytest.mark.parametrize(("optimizer", "kernel", "message"), OWN.values(), ids=OWN)
+def test_update_refuses_what_it_would_pass_by(optimizer, kernel, message):
+    head = make()
+    head.kernel = kernel(head.kernel[...])
+    own = optimizer(head, optax.sgd(1.0), wrt=nnx.Param)
+    with pytest.raises(TypeError, match=message):
+        head.update(own, features(), positives=POSITIVES)
+
+
 # --- a table -------------------------------------------------------------------------------------
 
 

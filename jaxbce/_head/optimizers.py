@@ -123,7 +123,7 @@ def _read(name: str, optimizer: Any, params: Any, state: Any) -> tuple[_program.
     try:
         # `anew` is a new function: of one that it knows, JAX returns the trace with old numbers.
         traced = _program.trace(anew, gradients, params, state)
-    except (TypeError, ValueError) as error:
+    except (NameError, TypeError, ValueError) as error:
         raise TypeError(
             f"{name}: optimizer.update must take (gradients, state, params) and no more, of any "
             "number of labels: an array for each label belongs in its state, where optimizer.init "

@@ -94,7 +94,11 @@ def automatic(fn: Callable[..., Any], arrays: Any, out_specs: Any) -> Any:
     """
     mesh = _explicit_mesh(arrays)
     if mesh is None:
-        return fn(*arrays)
+        # No array is on the mesh of a `jax.set_mesh` around. Then no new one must be either.
+        around = jax.sharding.get_abstract_mesh()
+        unplaced = _explicit_axes(around) and not manual_axes()
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ()) if unplaced else around):
+            return fn(*arrays)
     shardings = jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
         out_specs,

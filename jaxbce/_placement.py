@@ -94,10 +94,11 @@ def automatic(fn: Callable[..., Any], arrays: Any, out_specs: Any) -> Any:
     """
     mesh = _explicit_mesh(arrays)
     if mesh is None:
-        # No array is on the mesh of a `jax.set_mesh` around. Then no new one must be either.
+        # Where no array is on the explicit mesh of a `jax.set_mesh` around, jax 0.8 and 0.9 put new
+        # arrays there all the same, and refuse the mixture.
         around = jax.sharding.get_abstract_mesh()
-        unplaced = _explicit_axes(around) and not manual_axes()
-        with jax.sharding.use_abstract_mesh(AbstractMesh((), ()) if unplaced else around):
+        mixed = jax.__version_info__ < (0, 10) and _explicit_axes(around) and not manual_axes()
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ()) if mixed else around):
             return fn(*arrays)
     shardings = jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),

@@ -14,7 +14,6 @@ each sign is flipped wherever that makes the result worse. No accelerator is nee
 """
 
 import argparse
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -386,8 +385,7 @@ def main() -> None:
                 print(f"{backend:16}{'derived':12}" + "".join(f"{e:12.3g}" for e in bounds))
             print(f"{backend:16}{contender:12}" + "".join(f"{e:12.3g}" for e in errors), flush=True)
     if args.json:
-        results = {"made": made.made("optax"), "rows": rows}
-        pathlib.Path(args.json).write_text(json.dumps(results, indent=1))
+        made.write(args.json, rows, "optax")
     if args.picture:
         draw(rows, args.picture)
 

@@ -14,7 +14,6 @@ second reading, and reduction="sum", which needs no count, is shown beside it.
 """
 
 import argparse
-import json
 import math
 import os
 import re
@@ -200,8 +199,7 @@ def main() -> None:
                     flush=True,
                 )
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"made": made.made("optax"), "rows": rows}, file, indent=1)
+        made.write(args.json, rows, "optax")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ kernel on the chip where parameters are donated, so that such a step counts more
 
 import argparse
 import functools
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -200,8 +199,7 @@ def main() -> None:
                 flush=True,
             )
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"made": made.made("optax"), "rows": rows}, file, indent=1)
+        made.write(args.json, rows, "optax")
 
 
 if __name__ == "__main__":

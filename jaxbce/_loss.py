@@ -151,31 +151,21 @@ class Loss:
             )
         return found
 
-    def defaults(self, name: str) -> dict[str, Any]:
-        """The parameters that have a default in fn, with it."""
-        empty = inspect.Parameter.empty
-        found = self.arguments(name).items()
-        return {own: a.default for own, a in found if a.default is not empty}
-
-    def left_out(self, name: str, given: tuple[str, ...]) -> dict[str, Any]:
-        """The parameters that are not given, with their defaults."""
-        defaults = self.defaults(name)
-        if missing := [own for own in self.parameters if own not in {*given, *defaults}]:
-            raise TypeError(
-                f"{name}: {missing[0]} is a required parameter of this loss, got none; pass "
-                f"{missing[0]}=... in the call"
-            )
-        return {own: defaults[own] for own in self.parameters if own not in given}
-
     def mapped(
         self, ndim: int, given: tuple[str, ...], name: str = "Loss"
     ) -> Callable[..., jax.Array]:
         """The loss of arrays of `ndim` axes: logits, labels and the parameters that are `given`."""
-        missing, found = self.left_out(name, given), self.arguments(name)
+        found = self.arguments(name)
+        defaults = {own: found[own].default for own in self.parameters if own not in given}
+        if missing := [own for own in defaults if defaults[own] is inspect.Parameter.empty]:
+            raise TypeError(
+                f"{name}: {missing[0]} is a required parameter of this loss, got none; pass "
+                f"{missing[0]}=... in the call"
+            )
         by_name = all(found[own].name == own for own in found)
 
         def scalar(x: jax.Array, y: jax.Array, *arrays: jax.Array) -> jax.Array:
-            values = missing | dict(zip(given, arrays, strict=True))
+            values = defaults | dict(zip(given, arrays, strict=True))
             if by_name:
                 return self.fn(x, y, **values)
             return self.fn(x, y, *(values[name] for name in self.parameters))

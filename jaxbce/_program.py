@@ -153,12 +153,9 @@ def what_mixes(one: Sequence[Equation], two: Sequence[Equation]) -> str | None:
         if None in pair or pair[0][0] != pair[1][0]:
             return ""
         if pair[0].meaning != pair[1].meaning:
-            # An option may hold the number of labels.
-            return (
-                ""
-                if pair[0].primitive in (*ELEMENTWISE.split(), *SHAPING.split())
-                else pair[0].primitive
-            )
+            # An option of another operation may hold the number of labels.
+            plain = pair[0].primitive in (*ELEMENTWISE.split(), *SHAPING.split())
+            return "" if plain else pair[0].primitive
         if not _treats_apart(*pair):
             return str(pair[0].primitive)
     return None

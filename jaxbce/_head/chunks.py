@@ -53,7 +53,9 @@ class OneDevice:
 
     def label_axis_of(self, name: str) -> int:
         """The axis that counts the labels, of an operand in LABELLED."""
-        return -2 if name == "kernel" and self.transposed else -1
+        if name == "kernel":
+            return 0 if self.transposed else 1
+        return -1
 
     def num_labels(self, kernel: jax.Array) -> Any:
         """How many labels this device has; symbolic only under `siglip_loss`."""
@@ -102,6 +104,16 @@ def part_of(array: jax.Array, axis: int, start: jax.Array | int, size: int) -> j
 def write(array: jax.Array, axis: int, part: jax.Array, start: jax.Array | int) -> jax.Array:
     """`array` with its part from `start` on replaced."""
     return jax.lax.dynamic_update_slice_in_dim(array, part, start, axis)
+
+
+def chunk_logits(
+    plan: OneDevice, features: jax.Array, kernel: jax.Array, added: list[jax.Array]
+) -> jax.Array:
+    """The logits of a chunk; `kernel` is in the dtype of the product, `added` [chunk] each."""
+    logits = matmul(features, kernel, 1, 1 - plan.label_axis_of("kernel"))
+    for each in added:
+        logits += each.astype(logits.dtype)[None]
+    return logits
 
 
 def chunk_mask(
@@ -192,7 +204,7 @@ def chunk_pass(
         return jax.tree.map(lambda a: part_of(a, axis, start, size), getattr(operands, name))
 
     id_of_start = first_label + start
-    kernel, bias, labels_at = part("kernel"), part("bias"), 0 if plan.transposed else 1
+    kernel, bias, labels_at = part("kernel"), part("bias"), plan.label_axis_of("kernel")
     keep = chunk_mask(operands, id_of_start, start, size)
     weightless = None if operands.weightless is None else operands.weightless[:, None]
     added = [] if bias is None else [bias]
@@ -200,9 +212,7 @@ def chunk_pass(
         kernel, mark = without_nan(kernel, 1 - labels_at)
         added.append(mark)
     kernel = kernel.astype(operands.features.dtype)
-    logits = matmul(operands.features, kernel, 1, 1 - labels_at)
-    for each in added:
-        logits += each.astype(logits.dtype)[None]
+    logits = chunk_logits(plan, operands.features, kernel, added)
     if operands.positives is None:
         labels = part("labels")
     else:

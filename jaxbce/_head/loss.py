@@ -6,7 +6,8 @@ its program is read for several numbers of rows and labels, and in each chunk th
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +23,8 @@ class ChunkLoss:
 
     loss: Loss | Callable[..., jax.Array]  # a function takes [rows, chunk] and numbers [chunk]
     per_label: tuple[str, ...] = ()  # what errors call the numbers of its labels
-    program: Hashable = ()  # what a user's loss does: a part of what a compiled pass is known by
+    # What a user's loss does, for one logit or for arrays [2, 3]. A compiled pass is known by it.
+    program: tuple[_program.Equation, ...] = ()
     name: str = ""  # of the public function
 
     def __call__(self, logits: jax.Array, labels: jax.Array, *per_label: jax.Array) -> jax.Array:
@@ -43,9 +45,8 @@ class ChunkLoss:
     def check_sizes(self, rows: int, labels: int, dtype: Any) -> None:
         """A function that asks for a size must do the same at those that are run."""
         read = functools.partial(_read, self.name, self.loss)
-        few, all_ = (read(*size, len(self.per_label), dtype) for size in ((2, 3), (rows, labels)))
-        one_row = read(1, labels, len(self.per_label), dtype)
-        if not _program.is_same(few, all_, in_shapes=rows != 1 and labels != 1):
+        one_row, all_ = (read(each, labels, len(self.per_label), dtype) for each in (1, rows))
+        if not _program.is_same(self.program, all_, in_shapes=rows != 1 and labels != 1):
             raise _mixes(self.name, "labels or rows", "what depends on their number")
         if not _program.is_same(one_row, all_, in_shapes=False):
             raise _mixes(self.name, "rows", "what depends on their number")
@@ -85,7 +86,8 @@ def own_loss(name: str, loss: Any, per_label: Any, *arrays: Any) -> ChunkLoss:
                 f"{len(loss.parameters)}, got {len(per_label)} arrays; name them in jaxbce.Loss"
             )
         given, rest = loss.parameters[: len(per_label)], loss.parameters[len(per_label) :]
-        if missing := [own for own in rest if own not in loss.defaults(name)]:
+        arguments = loss.arguments(name)
+        if missing := [own for own in rest if arguments[own].default is inspect.Parameter.empty]:
             raise TypeError(
                 f"{name}: per_label must hold the parameter {missing[0]} of this loss, got "
                 f"{len(per_label)} arrays; pass per_label=({', '.join(loss.parameters)},)"

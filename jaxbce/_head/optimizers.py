@@ -88,11 +88,11 @@ def layout_of(name: str, optimizer: Any, params: Any, opt_state: Any, transposed
     return Layout(structures[1], tuple(axes), _read(name, optimizer, arrays, opt_state))
 
 
-def _shaped(array: Any, axis: int = 0, size: int | None = None) -> jax.ShapeDtypeStruct:
+def _shaped(array: Any, axis: int | None = None, size: int = 0) -> jax.ShapeDtypeStruct:
     """What an array looks like, if need be of another size along an axis."""
     kind = jax.typeof(array)
     shape = list(kind.shape)
-    if size is not None:
+    if axis is not None:
         shape[axis] = size
     return jax.ShapeDtypeStruct(shape, kind.dtype)
 
@@ -153,7 +153,7 @@ def check_by_label(
     """
     num_labels = params["kernel"].shape[param_axes["kernel"]]
     leaves = zip(jax.tree.leaves(state), layout.axes, strict=True)
-    resized = [_shaped(leaf, axis or 0, None if axis is None else other) for leaf, axis in leaves]
+    resized = [_shaped(leaf, axis, other) for leaf, axis in leaves]
     program = _read(
         name,
         optimizer,

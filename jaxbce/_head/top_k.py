@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxbce import _checks, _placement
 from jaxbce._head import arguments
-from jaxbce._head.chunks import OneDevice, matmul, part_of
+from jaxbce._head.chunks import OneDevice, chunk_logits, part_of
 from jaxbce._head.mesh import Devices, OnMesh
 
 Candidates = tuple[jax.Array, jax.Array]  # logits of each row and their labels
@@ -129,9 +129,8 @@ def top_k_pass(plan: OneDevice, layer: Layer, k: int) -> Candidates:
 
     def best_of(start: jax.Array | int, size: int) -> Candidates:
         part = part_of(kernel, axis, start, size).astype(features.dtype)
-        logits = matmul(features, part, 1, 1 if plan.transposed else 0)
-        if bias is not None:
-            logits += part_of(bias, 0, start, size).astype(logits.dtype)[None]
+        added = [] if bias is None else [part_of(bias, 0, start, size)]
+        logits = chunk_logits(plan, features, part, added)
         values, ids = jax.lax.top_k(logits, k)
         return values, ids + start
 

@@ -179,9 +179,7 @@ def _positives_of(labels: Any, *, name: str, max_positives: int) -> jax.Array:
         place = jax.lax.population_count(~byte & (byte - 1)).astype(jnp.int32)
         return jnp.where(at < packed.size, 8 * at + place, -1)
 
-    for _ in labels.shape[:-1]:
-        row = jax.vmap(row)
-    return row(labels)
+    return _math.over(row, labels.ndim - 1)(labels)
 
 
 def positives_from_rows(rows: Any, max_positives: int | None = None) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 import jaxbce
+from jaxbce import _checks
+from jaxbce._head.mesh import names_of
 from jaxbce._reduce import Reduction, ScalarReduction
 
 KERNEL_INIT = nnx.initializers.lecun_normal()
@@ -46,7 +49,8 @@ class MultiLabelHead(nnx.Module):
       mesh: devices to share the work of the methods; None uses one.
       batch_axis: axis of the mesh over which the rows are sharded; None replicates them.
       label_axis: axis of the mesh over which kernel and bias are sharded, from their creation on;
-        None replicates them. `nnx.get_partition_spec` knows it.
+        None replicates them. `nnx.get_partition_spec` knows it. Where its devices do not divide L,
+        the kernel and the bias hold a few more labels, zeros that no method counts or returns.
       rngs: source of the key of the kernel.
 
     Returns:
@@ -121,15 +125,21 @@ class MultiLabelHead(nnx.Module):
             eager = _flax_places(made, mesh)
             return nnx.Param(nnx.with_partitioning(placed, names, mesh, eager_sharding=eager)())
 
+        shards = 1 if mesh is None else math.prod(mesh.shape[one] for one in names_of(label_axis))
+        padding = -num_labels % shards
+
         def new_kernel(key: jax.Array) -> jax.Array:
             kernel: jax.Array = kernel_init(key, (in_features, num_labels), param_dtype)
+            kernel = jnp.pad(kernel, [(0, 0), (0, padding)])
             return kernel.T if transpose_kernel else kernel
 
         names = (label_axis, None) if transpose_kernel else (None, label_axis)
         self.kernel: nnx.Param[jax.Array] = created(new_kernel, names, rngs.params())
         rate = _rate(prior, num_labels, param_dtype)
         self.bias: nnx.Param[jax.Array] | None = (
-            created(lambda: _bias(rate, num_labels, param_dtype), (label_axis,))
+            created(
+                lambda: jnp.pad(_bias(rate, num_labels, param_dtype), (0, padding)), (label_axis,)
+            )
             if use_bias
             else None
         )
@@ -140,9 +150,15 @@ class MultiLabelHead(nnx.Module):
         dtype = jnp.float64 if features.dtype == jnp.float64 else jnp.float32
         kernel = kernel.T if self.transpose_kernel else kernel
         logits = jnp.matmul(features, kernel, preferred_element_type=dtype)
-        if bias is None:
+        if bias is not None:
+            logits += jnp.expand_dims(bias.astype(dtype), range(logits.ndim - 1))
+        if not self._padding():
             return logits
-        return logits + jnp.expand_dims(bias.astype(dtype), range(logits.ndim - 1))
+        *by_row, by_label = jax.typeof(logits).sharding.spec
+        if self.mesh is not None and by_label is not None:  # explicit axes must divide what is left
+            place = NamedSharding(self.mesh, PartitionSpec(*by_row, None))
+            logits = jax.sharding.reshard(logits, place)
+        return logits[..., : self.num_labels]
 
     def loss(
         self,
@@ -162,17 +178,14 @@ class MultiLabelHead(nnx.Module):
         Arguments and result are those of `linear_bce_with_logits`: features [..., D], and exactly
         one of positives [..., P] and labels [..., L].
         """
+        by_label = self._by_label(features, where, ignored, labels=labels, pos_weight=pos_weight)
         return jaxbce.linear_bce_with_logits(
             *self._operands(features),
             positives=positives,
-            labels=labels,
             weight=weight,
-            pos_weight=pos_weight,
             label_smoothing=label_smoothing,
-            where=where,
-            ignored=ignored,
             reduction=reduction,
-            **self._options(),
+            **by_label | self._options(),
         )
 
     def update(
@@ -250,15 +263,13 @@ class MultiLabelHead(nnx.Module):
             ),
             loss=loss,
             positives=positives,
-            labels=labels,
-            per_label=per_label,
             weight=weight,
-            pos_weight=pos_weight,
             label_smoothing=label_smoothing,
-            where=where,
-            ignored=ignored,
             reduction=reduction,
             rounding_key=rounding_key,
+            **self._by_label(
+                given, where, ignored, labels=labels, pos_weight=pos_weight, per_label=per_label
+            ),
             **self._options(),
         )
         gradient, count = step.features_gradient.astype(given.dtype), optimizer.step[...] + 1
@@ -275,7 +286,55 @@ class MultiLabelHead(nnx.Module):
 
         Arguments and result are those of `linear_top_k`: features [..., D], and k in [1, L].
         """
-        return jaxbce.linear_top_k(*self._operands(features), k=k, **self._options())
+        features, kernel, bias = self._operands(features)
+        if padding := self._padding():
+            _checks.check_size("MultiLabelHead", "k", k, self.num_labels)
+            dtype = jnp.float32 if bias is None else self._promoted(bias.dtype, jnp.float32)
+            last = jnp.asarray(np.repeat([0, -np.inf], [self.num_labels, padding]), dtype)
+            bias = last if bias is None else bias.astype(dtype) + last
+        return jaxbce.linear_top_k(features, kernel, bias, k=k, **self._options())
+
+    def _padding(self) -> int:
+        """How many labels the kernel holds beside its own, so that the devices divide them."""
+        held: int = self.kernel.shape[0 if self.transpose_kernel else 1]
+        return held - self.num_labels
+
+    def _by_label(
+        self, features: ArrayLike, where: Any, ignored: Any, **arguments: Any
+    ) -> dict[str, Any]:
+        """The arguments by label, for all that the kernel holds: masks leave out its padding."""
+        padding, labels = self._padding(), self.num_labels
+        if not padding:
+            return arguments | {"where": where, "ignored": ignored}
+
+        def padded(argument: str, values: Any, fill: int) -> Any:
+            if argument == "per_label" and isinstance(values, (tuple, list)):
+                return tuple(padded(f"{argument}[{i}]", v, fill) for i, v in enumerate(values))
+            if values is None:
+                return None
+            values = jnp.asarray(values)
+            if values.shape[-1:] != (labels,):
+                raise ValueError(
+                    f"MultiLabelHead: {argument} must have shape (..., {labels}), got "
+                    f"{values.shape}"
+                )
+            widths = [(0, 0)] * (values.ndim - 1) + [(0, padding)]
+            return jnp.pad(values, widths, constant_values=np.asarray(fill, values.dtype))
+
+        filled = {
+            name: padded(name, values, 0 if name == "labels" else 1)
+            for name, values in arguments.items()
+        }
+        if where is None:
+            where = jnp.ones(labels, bool)
+        if np.shape(where)[-1:] not in ((), (1,)):
+            return filled | {"where": padded("where", where, 0), "ignored": ignored}
+        # A mask of rows that also left out labels would be as large as the logits.
+        ids = jnp.arange(labels, labels + padding, dtype=jnp.int32)
+        ids = jnp.broadcast_to(ids, (*np.shape(features)[:-1], padding))
+        if ignored is not None:
+            ids = jnp.concatenate([jnp.asarray(ignored, jnp.int32), ids], axis=-1)
+        return filled | {"where": where, "ignored": ids}
 
     def _options(self) -> dict[str, Any]:
         """What the functions of the head are told of the kernel, of chunks and devices."""

@@ -581,3 +581,95 @@ def test_a_table_is_shared_with_an_embedding():
     expected = jax.grad(dense)(model.tags.embedding[...], jnp.zeros((1, 8)))
     got = slopes["tags"]["embedding"] if "tags" in slopes else slopes["head"]["kernel"]
     np.testing.assert_allclose(jax.tree.leaves(got)[0], expected, rtol=1e-5, atol=1e-7)
+
+
+# --- a number of labels that the devices do not divide -------------------------------------------
+
+rng = np.random.default_rng(5)
+MASKS = {
+    "no mask": {},
+    "rows": {"where": np.arange(BATCH)[:, None] % 3 > 0},
+    "rows and ids": {"where": np.arange(BATCH)[:, None] % 3 > 0, "ignored": POSITIVES[:, :1]},
+    "labels": {"where": np.arange(LABELS) % 5 > 0},
+    "both": {"where": rng.random((BATCH, LABELS)) > 0.2, "ignored": POSITIVES[:, :1]},
+}
+TARGETS = {
+    "positives": {"positives": POSITIVES},
+    "labels": {"labels": rng.random((BATCH, LABELS), np.float32), "pos_weight": np.arange(37.0)},
+}
+
+
+def alone_and_padded(kinds, axis, **options):
+    """A head of 37 labels on one device, and the same one on eight."""
+    mesh = jax.make_mesh((4, 2), BOTH, kinds)
+    return make(prior=0.1, **options), make(prior=0.1, mesh=mesh, label_axis=axis, **options)
+
+
+def assert_same_labels(got, expected):
+    """Of arrays whose padding, which is 0, is cut off."""
+    for one, other in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        one, other = np.asarray(one), np.asarray(other)
+        padding = one[tuple(map(slice, other.shape))]
+        assert np.count_nonzero(one) == np.count_nonzero(padding)
+        np.testing.assert_allclose(padding, other, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "weighted_mean", "batchmean", "none"])
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_padding_has_no_part_in_a_loss(mask, target, reduction):
+    def loss(head, x):
+        return head.loss(x, **mask, **target, weight=jnp.arange(6.0), reduction=reduction).sum()
+
+    expected, got = (
+        nnx.jit(nnx.value_and_grad(loss, argnums=(0, 1)))(head, features())
+        for head in alone_and_padded((AUTO, AUTO), BOTH)
+    )
+    assert_same_labels(got, expected)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["kernel", "table"])
+@on_meshes(*ON_MESHES)
+def test_padding_shows_nowhere(kinds, axis, transposed):
+    own = jaxbce.Loss(lambda x, y, margin: jnp.square(x - y * margin), ("margin",))
+
+    def trained(head):
+        optimizer = nnx.Optimizer(head, optax.adamw(0.1), wrt=nnx.Param)
+        for _ in range(2):
+            result = head.update(optimizer, features(), positives=POSITIVES)
+        options = {"per_label": (np.arange(37.0),), "where": np.arange(LABELS) > 3}
+        result += head.update(optimizer, features(), loss=own, positives=POSITIVES, **options)
+        top = head.top_k(features(), LABELS)
+        assert nnx.jit(lambda head: head(features()))(head).shape == (BATCH, LABELS)
+        return result, head(features()), top, nnx.state(head), nnx.state(optimizer)
+
+    expected, got = map(trained, alone_and_padded(kinds, axis, transpose_kernel=transposed))
+    assert_same_labels(got, expected)
+
+
+def test_top_labels_without_a_bias_are_no_padding():
+    for head in alone_and_padded((AUTO, AUTO), BOTH):
+        head.kernel[...] = -jnp.abs(head.kernel[...])
+        head.bias = None
+        assert head.top_k(jnp.ones((1, WIDTH)), LABELS)[1].max() == LABELS - 1
+
+
+PADDED_ERRORS = {
+    "labels": (lambda head: head.loss(features(), labels=np.zeros((6, 40))), r"\(\.\.\., 37\)"),
+    "per_label": (
+        lambda head: head.loss(features(), positives=POSITIVES, pos_weight=np.ones(40)),
+        r"pos_weight must have shape \(\.\.\., 37\), got \(40,\)",
+    ),
+    "where": (
+        lambda head: head.loss(features(), positives=POSITIVES, where=np.ones(40, bool)),
+        r"where must have shape \(\.\.\., 37\)",
+    ),
+    "k": (lambda head: head.top_k(features(), 38), "k must be.* 37"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), PADDED_ERRORS.values(), ids=PADDED_ERRORS)
+def test_errors_tell_the_labels_without_padding(call, message):
+    _, head = alone_and_padded((AUTO, AUTO), BOTH)
+    with pytest.raises(ValueError, match=message):
+        call(head)

@@ -16,8 +16,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 import jaxbce
-from jaxbce import _checks
-from jaxbce._head.mesh import names_of
 from jaxbce._reduce import Reduction, ScalarReduction
 
 KERNEL_INIT = nnx.initializers.lecun_normal()
@@ -125,8 +123,9 @@ class MultiLabelHead(nnx.Module):
             eager = _flax_places(made, mesh)
             return nnx.Param(nnx.with_partitioning(placed, names, mesh, eager_sharding=eager)())
 
-        shards = 1 if mesh is None else math.prod(mesh.shape[one] for one in names_of(label_axis))
-        padding = -num_labels % shards
+        axes = label_axis if isinstance(label_axis, tuple) else (label_axis,)
+        shape = {} if mesh is None else mesh.shape
+        padding = -num_labels % math.prod(shape.get(axis, 1) for axis in axes)
 
         def new_kernel(key: jax.Array) -> jax.Array:
             kernel: jax.Array = kernel_init(key, (in_features, num_labels), param_dtype)
@@ -281,6 +280,50 @@ class MultiLabelHead(nnx.Module):
         optimizer.step[...] = count
         return step.loss, gradient
 
+    def update_with_encoder(
+        self,
+        optimizer: nnx.Optimizer[Any],
+        encoder: nnx.Module,
+        *inputs: Any,
+        wrt: Any = nnx.Param,
+        **arguments: Any,
+    ) -> tuple[jax.Array, Any]:
+        """`update` with the features `encoder(*inputs)`, and the gradients of the encoder.
+
+        Returns the loss and the gradients of what the filter `wrt` selects of the encoder, both
+        before the step. Give them to the optimizer of the encoder, as those of
+        `nnx.value_and_grad`: `encoder_optimizer.update(encoder, gradients)`. What else the encoder
+        holds, as the keys of its dropout and its batch statistics, changes in place. `arguments`
+        are the other ones of `update`.
+        """
+        if not isinstance(encoder, nnx.Module) or not callable(encoder):
+            raise TypeError(
+                "MultiLabelHead: encoder must be a flax.nnx.Module that makes the features, "
+                f"encoder(*inputs), got {type(encoder).__name__}; call another method in the "
+                "__call__ of a module that holds it"
+            )
+        shared = [
+            node for _, node in nnx.iter_graph(encoder) if node is self.kernel or node is self.bias
+        ]
+        if shared:
+            raise ValueError(
+                "MultiLabelHead: encoder must have parameters of its own, got one that holds the "
+                "kernel or bias of the head; train a shared table with MultiLabelHead.loss and one "
+                "optimizer, or pass the part of the model that makes the features"
+            )
+        structure, others = nnx.graphdef(encoder), nnx.Not(wrt)
+        rest = nnx.state(encoder, others)
+
+        def encode(weights: Any) -> tuple[jax.Array, Any]:
+            model: Any = nnx.merge(structure, weights, rest, copy=True)
+            return model(*inputs), nnx.state(model, others)
+
+        features, backward, changed = jax.vjp(encode, nnx.state(encoder, wrt), has_aux=True)
+        loss, slope = self.update(optimizer, features, **arguments)
+        nnx.update(encoder, changed)
+        (gradients,) = backward(slope)
+        return loss, gradients
+
     def top_k(self, features: ArrayLike, k: int) -> tuple[jax.Array, jax.Array]:
         """The k highest logits and their labels, both [..., k], highest first.
 
@@ -288,7 +331,10 @@ class MultiLabelHead(nnx.Module):
         """
         features, kernel, bias = self._operands(features)
         if padding := self._padding():
-            _checks.check_size("MultiLabelHead", "k", k, self.num_labels)
+            if k > self.num_labels:
+                raise ValueError(
+                    f"MultiLabelHead: k must be an int in [1, {self.num_labels}], got {k}"
+                )
             dtype = jnp.float32 if bias is None else self._promoted(bias.dtype, jnp.float32)
             last = jnp.asarray(np.repeat([0, -np.inf], [self.num_labels, padding]), dtype)
             bias = last if bias is None else bias.astype(dtype) + last

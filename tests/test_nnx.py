@@ -673,3 +673,92 @@ def test_errors_tell_the_labels_without_padding(call, message):
     _, head = alone_and_padded((AUTO, AUTO), BOTH)
     with pytest.raises(ValueError, match=message):
         call(head)
+
+
+# --- an encoder and the head in one call ---------------------------------------------------------
+
+
+class Encoder(nnx.Module):
+    def __init__(self, rngs, dtype):
+        self.linear = nnx.Linear(4, WIDTH, dtype=dtype, rngs=rngs)
+        self.norm = nnx.BatchNorm(WIDTH, dtype=dtype, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.calls = nnx.BatchStat(jnp.zeros(()))
+
+    def __call__(self, inputs, scale):
+        self.calls[...] += 1
+        return self.dropout(self.norm(self.linear(inputs))) * scale
+
+
+def trained_apart(model, optimizers, inputs, positives):
+    """The encoder by `nnx.value_and_grad` of the whole loss, the head by its gradient."""
+
+    def loss(encoder, head):
+        return head.loss(encoder(*inputs), positives=positives)
+
+    value, slopes = nnx.value_and_grad(loss, argnums=(0, 1))(*model)
+    for module, optimizer, slope in zip(model, optimizers, slopes, strict=True):
+        optimizer.update(module, slope)
+    return value
+
+
+def trained_together(model, optimizers, inputs, positives):
+    value, slopes = model[1].update_with_encoder(
+        optimizers[1], model[0], *inputs, positives=positives
+    )
+    optimizers[0].update(model[0], slopes)
+    return value
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "nnx.jit"])
+@pytest.mark.parametrize(
+    "of_encoder",
+    [optax.adam(0.1), optax.MultiSteps(optax.adam(0.1), 2)],
+    ids=["adam", "accumulated"],
+)
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16], ids=["float32", "mixed"])
+@jax.numpy_dtype_promotion("standard")
+def test_an_encoder_trains_as_with_the_whole_gradient(dtype, of_encoder, compiled):
+    """With dropout, batch statistics and a count of its own."""
+
+    def after(step):
+        model = Encoder(nnx.Rngs(3), dtype), make(prior=0.1)
+        optimizers = tuple(
+            nnx.Optimizer(module, tx, wrt=nnx.Param)
+            for module, tx in zip(model, (of_encoder, optax.sgd(0.5)), strict=True)
+        )
+        step = nnx.jit(step) if compiled else step
+        inputs = jax.random.normal(jax.random.key(5), (3, BATCH, 4))
+        losses = [step(model, optimizers, (each, 2.0), POSITIVES) for each in inputs]
+        assert model[0].calls[...] == len(inputs)
+        return losses, *(nnx.to_pure_dict(nnx.state(part)) for part in (model[0], model[1]))
+
+    expected, got = after(trained_apart), after(trained_together)
+    bound = 1e-5 if dtype is None else 2e-2
+    for one, other in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        if not jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
+            np.testing.assert_allclose(one, other, rtol=bound, atol=bound)
+        else:
+            assert jnp.array_equal(jax.random.key_data(one), jax.random.key_data(other))
+
+
+def test_only_what_wrt_selects_of_the_encoder_has_a_gradient():
+    encoder = nnx.Linear(4, 5, rngs=nnx.Rngs(0))
+    head = MultiLabelHead(5, LABELS, rngs=nnx.Rngs(1))
+    of_head = nnx.Optimizer(head, optax.sgd(0.1), wrt=nnx.Param)
+    bias = nnx.All(nnx.Param, nnx.PathContains("bias"))
+    _, slopes = head.update_with_encoder(
+        of_head, encoder, jnp.ones((BATCH, 4)), wrt=bias, positives=POSITIVES
+    )
+    assert [leaf.shape for leaf in jax.tree.leaves(slopes)] == [(5,)]
+
+
+def test_an_encoder_that_cannot_be_trained_apart():
+    head, table = make(), nnx.Embed(LABELS, WIDTH, rngs=nnx.Rngs(0))
+    of_head = nnx.Optimizer(head, optax.sgd(0.1), wrt=nnx.Param)
+    with pytest.raises(TypeError, match=r"encoder must be a flax.nnx.Module.*got function"):
+        head.update_with_encoder(of_head, lambda x: x, features(), positives=POSITIVES)
+    tied = make(transpose_kernel=True)
+    tied.kernel = table.embedding
+    with pytest.raises(ValueError, match="encoder must have parameters of its own"):
+        tied.update_with_encoder(of_head, table, jnp.arange(BATCH), positives=POSITIVES)

@@ -212,13 +212,11 @@ class Classifier(nnx.Module):
 def update_step(run: Run, words: jax.Array, positives: jax.Array) -> jax.Array:
     """The head steps inside its pass over the labels; its gradients never exist as a whole."""
     model = run["model"]
-    graph, vectors, *rest = nnx.split(model.encoder, nnx.Param, ...)
-    features, backward = jax.vjp(lambda vectors: nnx.merge(graph, vectors, *rest)(words), vectors)
     loss: jax.Array
-    loss, slope = model.head.update(
-        run["head optimizer"], features, positives=positives, reduction="batchmean"
+    loss, gradients = model.head.update_with_encoder(
+        run["head optimizer"], model.encoder, words, positives=positives, reduction="batchmean"
     )
-    run["encoder optimizer"].update(model.encoder, *backward(slope))
+    run["encoder optimizer"].update(model.encoder, gradients)
     return loss
 
 

@@ -465,7 +465,7 @@ def test_errors_inside_a_shard_map(axis_names, shape, message, mesh, rng):
     [
         (
             {"batch_axis": "model", "label_axis": "data"},
-            "label_axis 'data' has 2 .* the size 23 .* pad to 24, the next",
+            "label_axis 'data' has 2 .* the size 23 .* pad to 24, the next.* by where",
         ),
         ({"batch_axis": "seven"}, "batch_axis must be an axis of the mesh, one of data, model"),
         ({}, "mesh and batch_axis or label_axis go together"),
@@ -484,7 +484,7 @@ def test_errors_inside_a_shard_map(axis_names, shape, message, mesh, rng):
         ),
         (
             {"label_axis": ("data", "model")},
-            r"label_axis \('data', 'model'\) has 8 .* the size 23 .* pad to 24, the next",
+            r"label_axis \('data', 'model'\) has 8 .* the size 23 .* pad to 24, .* by where",
         ),
     ],
     ids=[
@@ -511,7 +511,7 @@ def test_errors_name_the_axis(options, message, mesh):
 @pytest.mark.parametrize(
     ("axis", "message"),
     [
-        ("model", "axis 'model' has 4 .* the size 6 .* pad to 8, the next"),
+        ("model", "axis 'model' has 4 .* the size 6 .* pad to 8, the next.* by ignored"),
         (("data", "model"), r"axis \('data', 'model'\) has 8 .* the size 6"),
         (("data", "data"), "axis must be different axes of the mesh, got 'data' twice"),
     ],
@@ -520,3 +520,31 @@ def test_errors_name_the_axis(options, message, mesh):
 def test_siglip_loss_names_its_axis(axis, message, mesh):
     with pytest.raises(ValueError, match=f"siglip_loss: {message}"):
         jaxbce.siglip_loss(jnp.ones((6, 2)), jnp.ones((6, 2)), 0.0, 0.0, mesh=mesh, axis=axis)
+
+
+def test_padded_as_the_errors_say():
+    """23 labels on eight devices: a mask for the loss, a bias of -inf for the highest logits."""
+    mesh = jax.make_mesh((8,), ("labels",))
+    arguments = draw_arguments(np.random.default_rng(0), 4, 5, 23, jnp.float32, dense=False)
+    features, kernel, bias = (arguments[name] for name in ("features", "kernel", "bias"))
+    real, wide = jnp.arange(24) < 23, jnp.pad(kernel, [(0, 0), (0, 1)])
+    padded = jnp.pad(bias, (0, 1))
+
+    def loss(features, kernel, bias, **options):
+        return jaxbce.linear_bce_with_logits(
+            features, kernel, bias, positives=jnp.array([[22], [0], [-1], [7]]), **options
+        )
+
+    on_mesh = {"mesh": mesh, "label_axis": "labels"}
+    own = functools.partial(loss, where=real, **on_mesh)
+    got = jax.value_and_grad(own, argnums=(0, 1))(features, wide, padded)
+    expected = jax.value_and_grad(loss, argnums=(0, 1))(features, kernel, bias)
+    value, (slope, of_kernel) = expected
+    expected = value, (slope, jnp.pad(of_kernel, [(0, 0), (0, 1)]))
+    assert_close(got, expected)
+    last = jnp.where(real, padded, -jnp.inf)
+    got = jaxbce.linear_top_k(features, wide, last, k=23, **on_mesh)
+    expected = jaxbce.linear_top_k(features, kernel, bias, k=23)
+    assert_close(got, expected)
+    with pytest.raises(ValueError, match=r"linear_top_k: .* pad to 24, .* by a bias of -inf"):
+        jaxbce.linear_top_k(features, kernel, bias, k=5, **on_mesh)

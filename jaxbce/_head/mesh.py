@@ -179,10 +179,12 @@ class Devices:
         sharing = tuple(one for one in names_of(axis) if shape[one] > 1)
         devices = math.prod(shape[one] for one in sharing)
         if size % devices:
+            masks = {"linear_top_k": "a bias of -inf", "siglip_loss": "ignored"}
             raise ValueError(
                 f"{name}: {argument} {axis!r} has {devices} devices, which does not divide the "
                 f"size {size} that it shards; pad to {size + -size % devices}, the next size that "
-                "it divides, or use another mesh"
+                f"it divides, and leave the rest out by {masks.get(name, 'where')}, or use another "
+                "mesh"
             )
         around = _placement.manual_axes()
         if taken := [one for one in sharing if one in around]:

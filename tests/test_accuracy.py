@@ -71,6 +71,7 @@ def test_where_it_matters_in_float32(order, bound, label, forward_mode):
     oracle.assert_within_ulp(bound, got, oracle.derivative(order, np.float64(x), label), x)
 
 
+@pytest.mark.thorough
 @DERIVATIVES
 def test_random_logits_of_all_float32(order, bound):
     """A random 1/256 of the 2^32 bit patterns; `benchmarks/accuracy.py` sweeps all of them."""
@@ -169,6 +170,7 @@ def test_curvature_of_probabilities(label, rng):
     assert relative_error(got, expected).max() <= 4 * EPS
 
 
+@pytest.mark.thorough
 def test_the_mean_of_many(rng):
     """The sum of 2^23 losses keeps its accuracy."""
     x = np.float32(rng.normal(0, 3, (8192, 1024)))

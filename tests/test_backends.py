@@ -119,6 +119,7 @@ def four_jaxprs(fn):
         fn = jax.grad(fn, (0, 1))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [*WITHOUT_LOGARITHM, *WITH_LOGARITHM])
 def test_nothing_is_inexact_but_two_operations(name):
     """Some losses also take a logarithm, as accurate as the backend has one."""

@@ -313,6 +313,7 @@ def test_without_jit(argument, value, call):
     assert_same_without_jit(lambda: call(value))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("number", [float, np.float32], ids=["Python", "NumPy"])
 @pytest.mark.parametrize("call", WITH_NUMBERS.values(), ids=list(WITH_NUMBERS))
 def test_without_jit_of_numbers(call, number):

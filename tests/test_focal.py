@@ -181,6 +181,7 @@ def test_every_derivative_up_to_the_third(gamma):
             np.testing.assert_allclose(got[fits], expected[fits], rtol=3e-5, atol=1e-18)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("gamma_neg", [0, 1, 2], ids="gamma_neg={}".format)
 def test_derivatives_of_a_negative_of_the_asymmetric_loss(gamma_neg):
     """To the third, in which m^gamma_neg has become a constant, then 0."""
@@ -273,6 +274,7 @@ def test_every_second_derivative_is_finite_at_hard_labels(gamma):
     assert not np.isnan(by_y).any()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "loss",
     [

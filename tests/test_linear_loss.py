@@ -157,6 +157,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_any_loss_is_that_of_the_logits(loss, rng):
     arguments = draw_head(rng, names=("bias", "weight", "positives"))
@@ -176,6 +177,7 @@ def test_any_loss_is_that_of_the_logits(loss, rng):
     assert_close(value_and_gradients(ours, arguments), value_and_gradients(dense, arguments), 2e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_any_loss_is_welcome_on_explicit_axes(loss, rng):
     """Also where arrays were made before `jax.set_mesh`, and in a gradient without `jax.jit`."""
@@ -192,6 +194,7 @@ def test_any_loss_is_welcome_on_explicit_axes(loss, rng):
     assert_close(got, expected, 1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("reduction", ["weighted_mean", "none"])
 def test_numbers_per_label_have_gradients(reduction, rng):
     names = ("bias", "weight", "margin", "positives")

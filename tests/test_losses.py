@@ -143,6 +143,7 @@ def test_hessian(loss, rng):
     np.testing.assert_allclose(along_ones, hessian.sum(1), rtol=1e-6)
 
 
+@pytest.mark.thorough
 @every_kernel
 def test_second_derivative_by_label_and_score(loss, rng):
     scores, labels = loss.draw(rng, (5,))
@@ -204,6 +205,7 @@ def test_hessian_of_the_squared_loss_at_logit_zero(loss):
     np.testing.assert_allclose(second, (slopes[1] - slopes[0]) / (2 * step), rtol=1e-6)
 
 
+@pytest.mark.thorough
 @every_kernel
 def test_third_derivative(loss, rng):
     scores, labels = loss.draw(rng, (8,))

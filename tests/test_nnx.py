@@ -628,6 +628,7 @@ def test_padding_has_no_part_in_a_loss(mask, target, reduction):
     assert_same_labels(got, expected)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("transposed", [False, True], ids=["kernel", "table"])
 @on_meshes(*ON_MESHES)
 def test_padding_shows_nowhere(kinds, axis, transposed):
@@ -710,6 +711,7 @@ def trained_together(model, optimizers, inputs, positives):
     return value
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "nnx.jit"])
 @pytest.mark.parametrize(
     "of_encoder",

@@ -160,6 +160,7 @@ def test_two_pullbacks_are_a_pushforward(place, reduction, rng):
     assert_close(got, (expected, expected), 2e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_first_step_of_learning_to_reweight(reduction, rng):
     """Weights start at 0: the gradient of a clean loss after a step says which examples help."""
@@ -181,6 +182,7 @@ def test_the_first_step_of_learning_to_reweight(reduction, rng):
     assert_close(got, expected, 2e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("hidden_by", ["mask", "weight", "both"])
 def test_what_is_hidden_reaches_no_second_derivative(hidden_by, reduction, rng):
@@ -215,6 +217,7 @@ def test_what_is_hidden_reaches_no_second_derivative(hidden_by, reduction, rng):
         assert np.all(np.isfinite(got[1][by]))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_a_column_that_no_weighted_row_sees_may_hold_nan(reduction, rng):
     """Rows of weight 0 see it, and the others mask it: no gradient but that of its own is lost."""

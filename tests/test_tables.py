@@ -49,6 +49,7 @@ def test_the_loss_and_its_gradients(place, reduction, mesh, rng):
     assert_close(value_and_gradients(table, arguments, cotangent), expected, 2e-6)
 
 
+@pytest.mark.thorough
 @every_place
 def test_second_derivatives(place, mesh, rng):
     arguments = draw_head(rng, 8, 24, NAMES)
@@ -82,6 +83,7 @@ def test_the_top_labels(place, mesh, rng):
         np.testing.assert_allclose(own, other, rtol=1e-6)
 
 
+@pytest.mark.thorough
 @every_place
 def test_any_loss(place, mesh, rng):
     drawn = draw_head(rng, 8, 24, ("bias", "positives", "margin"))

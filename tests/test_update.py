@@ -279,6 +279,7 @@ def test_chunks_and_reductions(chunk_size, reduction, rng):
     assert_close(got, apart(OPTIMIZERS["adam"], arguments, loss=loss), 2e-6)
 
 
+@pytest.mark.thorough
 def test_any_loss(rng):
     arguments = draw_head(rng, names=("bias", "positives", "margin"))
     margin = arguments.pop("margin")
@@ -492,6 +493,7 @@ def test_small_steps_are_not_lost(dtype):
     assert not (got[:, :300] == got[:, 300:600]).all()
 
 
+@pytest.mark.thorough
 def test_rounding_on_a_mesh_is_the_same_on_every_replica(mesh, rng):
     """Of parameters, moments, and of a rate that is one number."""
     arguments = draw_head(rng, 8, 24, ("positives",))
@@ -670,6 +672,7 @@ def test_what_is_refused_is_named(rng):
         read(MIXING["running sums"], rng)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("new_key", [jax.random.PRNGKey, jax.random.key], ids=["old", "typed"])
 def test_a_key_in_the_state(new_key, rng):
     """One number for all elements mixes none."""
@@ -755,6 +758,7 @@ CHANGING = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("make", CHANGING.values(), ids=CHANGING)
 def test_an_optimizer_that_reads_what_changes(make, rng):
     """Without jit a call of the same optimizer sees the new value."""

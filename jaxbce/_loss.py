@@ -162,7 +162,10 @@ class Loss:
                 f"{name}: {missing[0]} is a required parameter of this loss, got none; pass "
                 f"{missing[0]}=... in the call"
             )
-        by_name = all(found[own].name == own for own in found)
+        by_name = all(
+            found[own].name == own and found[own].kind is not inspect.Parameter.POSITIONAL_ONLY
+            for own in found
+        )
 
         def scalar(x: jax.Array, y: jax.Array, *arrays: jax.Array) -> jax.Array:
             values = defaults | dict(zip(given, arrays, strict=True))

@@ -210,6 +210,9 @@ def test_bound_arguments_and_those_with_a_default_do_not_count(drawn):
     plain = jaxbce.Loss(lambda logit, label, *, scale=2.0: scale * (logit - label))
     np.testing.assert_allclose(plain(logits, labels, reduction="none"), 2 * (logits - labels))
     assert HINGE(logits, labels, margin=None) == HINGE(logits, labels)
+    in_place = jaxbce.Loss(lambda logit, label, scale, /: scale * (logit - label), ("scale",))
+    got = in_place(logits, labels, scale=2.0, reduction="none")
+    np.testing.assert_allclose(got, 2 * (logits - labels))
 
 
 class Scale:

@@ -226,6 +226,62 @@ def test_recipe_is_the_formula_of_its_source(heading):
     assert_close(gradients, tuple(slopes(exact, arguments, moving)), 2e-6)
 
 
+def test_psp_at_k():
+    """Dense, by the formulas of Jain et al.: counts of 0, rows without positives, k above P."""
+    names = recipe("Rare labels count more", "metrics")
+    counts, true = RNG.integers(0, 90, 30), RNG.random((ROWS, 30)) < 0.1
+    true[0] = False
+    found = np.argsort(RNG.random(true.shape))[:, :9]
+    c = (np.log(200) - 1) * (1.5 + 1) ** 0.55
+    propensity = 1 / (1 + c * (counts + 1.5) ** -0.55)
+    reached = best = 0.0
+    for row, ids in zip(true, found, strict=True):
+        gains = row / propensity
+        reached += gains[ids].sum()
+        best += np.sort(gains)[::-1][:9].sum()
+    positives = jaxbce.positives_from_multi_hot(jnp.asarray(true))
+    assert positives.shape[1] < 9
+    ours = names["propensities"](jnp.asarray(counts), 200)
+    np.testing.assert_allclose(ours, propensity, rtol=1e-6)
+    got = names["psp_at_k"](jnp.asarray(found), positives, ours)
+    np.testing.assert_allclose(got, reached / best, rtol=1e-6)
+
+
+def relu_layer(inputs, kernel, bias):
+    return jax.nn.relu(inputs @ kernel + bias)
+
+
+def of_linen(names):
+    params = names["params"]["params"]
+    hidden, gradients = params["Dense_0"], names["gradients"]["params"]
+    features = relu_layer(names["inputs"], hidden["kernel"], hidden["bias"])
+    return features, params["kernel"], params["bias"], gradients["kernel"]
+
+
+def of_equinox(names):
+    hidden, output = names["model"].encoder, names["model"].output
+    features = relu_layer(names["inputs"], hidden.weight.T, hidden.bias)
+    return features, output.weight.T, output.bias, names["gradients"].output.weight.T
+
+
+def of_haiku(names):
+    hidden, head = names["params"]["linear"], names["params"]["head"]
+    features = relu_layer(names["inputs"], hidden["w"], hidden["b"])
+    return features, head["w"], head["b"], names["gradients"]["head"]["w"]
+
+
+@pytest.mark.parametrize("parts", [of_linen, of_equinox, of_haiku], ids=lambda f: f.__name__[3:])
+def test_head_of_a_framework_is_the_dense_one(parts):
+    names = recipe(parts.__name__[3:].capitalize(), "flax")
+    features, kernel, bias, gradient = parts(names)
+    labels = jaxbce.multi_hot(names["positives"], kernel.shape[1])
+
+    def dense(kernel):
+        return jaxbce.bce_with_logits(features @ kernel + bias, labels)
+
+    assert_close((names["value"], gradient), jax.value_and_grad(dense)(kernel))
+
+
 LADDER = "The asymmetric loss, step by step"
 
 

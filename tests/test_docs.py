@@ -28,8 +28,11 @@ def cases(language):
 
 
 def run(block):
+    """The names that it defines."""
+    names = {"__name__": "block"}
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        exec(compile(block, "block", "exec"), {"__name__": "block"})
+        exec(compile(block, "block", "exec"), names)
+    return names
 
 
 @pytest.mark.thorough

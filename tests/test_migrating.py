@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_docs import ROOT
 
 import jaxbce
 
@@ -152,6 +153,27 @@ def _():
     yield focal(x, y), jaxbce.sigmoid_focal_loss(X, Y, alpha=0.25)
     yield focal(x, y, alpha=-1, gamma=1.5), jaxbce.sigmoid_focal_loss(X, Y, gamma=1.5)
     yield focal(x, y, reduction="mean"), jaxbce.focal_loss(X, Y, alpha=0.25)
+
+
+@row("MONAI, segmentation-models, kornia: focal losses, also of soft labels")
+def _():
+    """By their formulas, without alpha: the same for labels 0 and 1 only."""
+    for x, y in ((X, Y), (np.float32([1]), np.float32([0.3]))):
+        p = 1 / (1 + np.exp(-x))
+        bce = -y * np.log(p) - (1 - y) * np.log(1 - p)
+        losses = {
+            "torchvision": bce * (1 - (p * y + (1 - p) * (1 - y))) ** 2,
+            "MONAI": bce * np.exp(2 * jax.nn.log_sigmoid(x * (1 - 2 * y))),
+            "segmentation-models": bce * (1 - np.exp(-bce)) ** 2,
+            "kornia": -y * (1 - p) ** 2 * np.log(p) - (1 - y) * p**2 * np.log(1 - p),
+        }
+        symmetric = {"gamma_neg": 2, "gamma_pos": 2, "clip": 0}
+        yield losses["torchvision"], jaxbce.sigmoid_focal_loss(x, y)
+        yield losses["kornia"], jaxbce.asymmetric_loss(x, y, **symmetric, reduction="none")
+        if y is Y:
+            yield from ((loss, jaxbce.sigmoid_focal_loss(x, y)) for loss in losses.values())
+    told = ", ".join(f"{loss.item():.4f} in {library}" for library, loss in losses.items())
+    assert told in (ROOT / "docs/how-to/switching.md").read_text()
 
 
 # --- asymmetric loss -----------------------------------------------------------------------------

@@ -543,3 +543,20 @@ MASK_ERRORS = {
 def test_errors_of_masks(options, error, message, rng):
     with pytest.raises(error, match=f"linear_bce_with_logits: {message}"):
         head(draw_head(rng, names=("positives",)) | options)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        functools.partial(jaxbce.bce_with_logits, pos_weight=np.ones(16), reduction="none"),
+        jaxbce.BCEWithLogitsLoss(pos_weight=np.ones(16), reduction="none"),
+        lambda logits, labels: np.ones(16, np.float32) * (logits - labels),
+    ],
+    ids=["partial", "module", "function"],
+)
+def test_numbers_of_all_labels_inside_a_loss_are_an_error_that_names_per_label(loss):
+    layer = jnp.ones((4, 3)), jnp.ones((3, 16))
+    with pytest.raises(
+        ValueError, match=r"linear_loss: loss must be a function of a chunk.*per_label"
+    ):
+        jaxbce.linear_loss(loss, *layer, positives=jnp.zeros((4, 1), jnp.int32))

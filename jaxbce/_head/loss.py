@@ -95,7 +95,15 @@ def own_loss(name: str, loss: Any, per_label: Any, *arrays: Any) -> ChunkLoss:
         program = loss.program(name, given, *arrays)
         return ChunkLoss(loss, names, program, name)
     dtype = _math.accumulator(*arrays)
-    program = _read(name, loss, 2, 3, len(names), dtype)
+    try:
+        program = _read(name, loss, 2, 3, len(names), dtype)
+    except (TypeError, ValueError) as error:
+        if str(error).startswith(f"{name}:"):
+            raise
+        raise ValueError(
+            f"{name}: loss must be a function of a chunk of any size, got one that fails for 3 "
+            f"labels: {error}; pass numbers for each label, as a pos_weight, by per_label"
+        ) from error
     _check_elements(name, loss, len(names), dtype, program)
     return ChunkLoss(loss, names, program, name)
 

@@ -59,8 +59,6 @@ class MultiLabelHead(nnx.Module):
       ValueError: prior is outside (0, 1), of another shape, or given without a bias; features are
         not [..., D]. The methods raise what the functions they call do.
 
-    Edge values: as `linear_bce_with_logits`.
-
     Differentiable: with respect to the features and the parameters.
 
     Example:

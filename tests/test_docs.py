@@ -19,12 +19,25 @@ def blocks(language, text):
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
+def programs(language, page):
+    """The blocks of a page; those of the tutorial continue each other, those of the FAQ raise."""
+    found = blocks(language, page.read_text())
+    return {"tutorial": ["\n".join(found)] if found else [], "faq": []}.get(page.stem, found)
+
+
 def cases(language):
     return [
         pytest.param(block, id=f"{page.stem}-{number}")
         for page in PAGES
-        for number, block in enumerate(blocks(language, page.read_text()))
+        for number, block in enumerate(programs(language, page))
     ]
+
+
+def errors():
+    """Of the FAQ: what each heading quotes, and the blocks below it."""
+    for section in re.split("^## ", (ROOT / "docs/faq.md").read_text(), flags=re.MULTILINE)[1:]:
+        quoted = section.splitlines()[0].strip("`")
+        yield pytest.param(quoted, blocks("python", section), id=quoted)
 
 
 def run(block):
@@ -39,6 +52,17 @@ def run(block):
 @pytest.mark.parametrize("block", cases("python"))
 def test_python_block_runs(block):
     run(block)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("quoted", "found"), list(errors()))
+def test_an_error_message_of_the_faq_is_a_real_one(quoted, found):
+    """The first block raises what the heading quotes, the others do not."""
+    wrong, *right = found
+    with pytest.raises(Exception, match=re.escape(quoted)):
+        run(wrong)
+    for block in right:
+        run(block)
 
 
 @pytest.mark.parametrize("block", cases("py"))
@@ -74,20 +98,20 @@ def test_every_python_block_is_found():
 
 
 def reference():
-    """The page as mkdocs reads it."""
+    """The pages of every name, as mkdocs reads them."""
     hook = runpy.run_path(str(ROOT / "docs/pages.py"))["on_page_markdown"]
-    return hook((ROOT / "docs/reference.md").read_text())
+    return {page.stem: hook(page.read_text()) for page in (ROOT / "docs/reference").glob("*.md")}
 
 
 def test_the_reference_has_every_public_name():
-    listed = re.findall(r"^::: jaxbce\.(\S+)$", reference(), re.MULTILINE)
+    listed = re.findall(r"^::: jaxbce\.(\S+)$", "\n".join(reference().values()), re.MULTILINE)
     assert sorted(listed) == sorted(name for name, _ in public_objects())
 
 
 def test_a_new_name_comes_into_the_reference_by_itself(monkeypatch):
     monkeypatch.setattr(jaxbce, "__all__", ["a_loss", *jaxbce.__all__, "z_loss"])
-    section = reference().split("## Losses from logits and labels")[1].split("\n## ")[0]
-    assert {"::: jaxbce.a_loss", "::: jaxbce.z_loss"} <= set(section.splitlines())
+    page = reference()["own-loss"]
+    assert {"::: jaxbce.a_loss", "::: jaxbce.z_loss"} <= set(page.splitlines())
 
 
 def test_the_picture_of_the_modules_is_true():

@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import pathlib
+import re
 import subprocess
 import sys
 import typing
@@ -39,8 +40,9 @@ IMPORTS = {
     "nnx": {"_reduce"},
 }
 
-SECTIONS = ["Use it", "Args:", "Returns:", "Raises:", "Edge values:", "Differentiable:"]
-SECTIONS += ["Example:", ">>>", "Source:"]
+SECTIONS = ["Use it", "Returns:", "Example:", ">>>", "Source:"]
+# The others may be left out by what opens with the name of the function that has them.
+ALL_SECTIONS = [*SECTIONS, "Formula", "Args:", "Raises:", "Edge values:", "Differentiable:"]
 
 
 def public_objects():
@@ -68,13 +70,17 @@ def test_the_version_is_the_same_everywhere():
 @every_public_name
 def test_every_public_name_is_documented(name, value):
     doc = inspect.getdoc(value)
-    missing = [section for section in SECTIONS if section not in doc]
-    assert not missing
-    if name != "checked":
-        assert "Formula" in doc
-    signature = inspect.signature(value.__init__ if inspect.isclass(value) else value)
-    for parameter in signature.parameters.keys() - {"self"}:
-        assert f"  {parameter}: " in doc
+    original = re.match(r"`(\w+)`", doc)
+    shared = inspect.signature(getattr(jaxbce, original[1])).parameters if original else {}
+    own = inspect.signature(value.__init__ if inspect.isclass(value) else value).parameters
+    for parameter in own.keys() - {"self"}:
+        described = f"  {parameter}: " in doc
+        assert described or own[parameter].default == shared[parameter].default
+    silent = {"checked": ["Formula"], "nnx.MultiLabelHead": ["Edge values:"]}.get(name, [])
+    sections = SECTIONS if original else ALL_SECTIONS
+    assert [section for section in sections if section not in doc] == silent
+    only_refers = r"^ *(Formula|Edge values|Differentiable|\w*Errors?): (as|that of) \S+$"
+    assert not re.search(only_refers, doc, re.MULTILINE)
 
 
 @every_public_name
@@ -183,3 +189,10 @@ def test_importing_costs_little_beyond_jax():
         for _ in range(3)
     ]
     assert min(float(run.stdout) for run in runs) < 0.15
+
+
+def test_actions_of_github_are_pinned():
+    """To a commit, with its version beside it: a tag can be moved to other code."""
+    for path in (ROOT / ".github/workflows").glob("*.yml"):
+        for action in re.findall(r"uses: (.*)", path.read_text()):
+            assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action), path.name

@@ -55,7 +55,7 @@ def linear_bce_with_logits(
         labels is given.
       labels: float, integer or bool array [..., L] in [0, 1]; soft labels are welcome.
       weight: real array [...], one number per row; None is 1.
-      pos_weight: real array [L] that multiplies the positive term only; None is 1.
+      pos_weight: real array [L] that multiplies the positive term only, at least 0; None is 1.
       label_smoothing: number a in [0, 1]; labels become y (1 − a) + a / 2.
       where: bool array that broadcasts to [..., L]; False leaves a label of a row out of the loss
         and of its divisor. None keeps everything.

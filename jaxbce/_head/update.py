@@ -88,7 +88,7 @@ def linear_update(
       labels: float, integer or bool array [..., L].
       per_label: real arrays [L] for the loss, as in `linear_loss`.
       weight: real array [...], one number per row; None is 1.
-      pos_weight: real array [L], where loss is None; None is 1.
+      pos_weight: real array [L], at least 0, where loss is None; None is 1.
       label_smoothing: number in [0, 1], where loss is None.
       where: bool array that broadcasts to [..., L]; None keeps everything.
       ignored: integer array [..., I] of label ids to leave out of each row, padded with -1.

@@ -65,7 +65,7 @@ def bce_with_logits(
       weight: real array that broadcasts to the shape of logits and multiplies the loss; None is 1.
         One value per row of a (batch, labels) array is `weight[:, None]`.
       pos_weight: real array that broadcasts to the shape of logits, usually (labels,), and
-        multiplies the positive term only; None is 1.
+        multiplies the positive term only, at least 0; None is 1.
       label_smoothing: number a in [0, 1]; labels become y (1 − a) + a / 2.
       where: bool array that broadcasts to the shape of logits; False leaves an element out. None
         keeps everything.
@@ -133,34 +133,11 @@ def sigmoid_binary_cross_entropy(
 ) -> jax.Array:
     """`bce_with_logits` unreduced, under the name optax gives it.
 
-    Use it in place of `optax.sigmoid_binary_cross_entropy`, with the same two arguments.
-
-    Formula, with x a logit, y its label, q its pos_weight and w its weight:
-
-      loss = w · [(1 − y) softplus(x) + q y softplus(−x)],  softplus(x) = log(1 + eˣ)
-
-    Args:
-      logits: float array of any shape.
-      labels: float, integer or bool array of the same shape, in [0, 1].
-      weight: real array that broadcasts to the shape of logits and multiplies the loss; None is 1.
-        One value per row of a (batch, labels) array is `weight[:, None]`.
-      pos_weight: real array that broadcasts to the shape of logits, usually (labels,), and
-        multiplies the positive term only; None is 1.
-      label_smoothing: number a in [0, 1]; labels become y (1 − a) + a / 2.
-      where: bool array that broadcasts to the shape of logits; False gives a loss of 0. None keeps
-        everything.
-      forward_mode: True selects a rule that also supports `jax.jvp`, `jax.jacfwd` and
-        `jax.linearize`; it may keep intermediate values for the backward pass.
+    Use it in place of `optax.sigmoid_binary_cross_entropy`, with the same two arguments. Labels are
+    never broadcast, unlike optax's. All else is as in `bce_with_logits`.
 
     Returns:
       One loss per logit in float32 (float64 for float64 logits), 0 where masked.
-
-    Raises:
-      TypeError, ValueError: as `bce_with_logits`. Labels are never broadcast, unlike optax's.
-
-    Edge values: as `bce_with_logits`.
-
-    Differentiable: as `bce_with_logits`.
 
     Example:
       >>> import jax.numpy as jnp, jaxbce
@@ -208,7 +185,7 @@ def sparse_bce_with_logits(
       weight: real array that broadcasts to the shape of logits and multiplies the loss; None is 1.
         One value per row of a (batch, labels) array is `weight[:, None]`.
       pos_weight: real array that broadcasts to the shape of logits, usually (labels,), and
-        multiplies the positive term only; None is 1.
+        multiplies the positive term only, at least 0; None is 1.
       label_smoothing: number a in [0, 1]; labels become y (1 − a) + a / 2.
       where: bool array that broadcasts to the shape of logits; False leaves an element out. None
         keeps everything.

@@ -253,34 +253,11 @@ def sigmoid_focal_loss(
 ) -> jax.Array:
     """`focal_loss` unreduced, under the name that optax and torchvision give it.
 
-    Use it in place of `optax.sigmoid_focal_loss`, with the same arguments.
-
-    Formula, with x a logit, y its label, w its weight and p = sigmoid(x):
-
-      loss = w · αₜ (1 − pₜ)ᵞ [(1 − y) softplus(x) + y softplus(−x)]
-      pₜ = y p + (1 − y) (1 − p),  αₜ = y α + (1 − y) (1 − α), or 1 without alpha
-
-    Args:
-      logits: float array of any shape.
-      labels: float, integer or bool array of the same shape, in [0, 1]; soft ones mix in pₜ and αₜ.
-      alpha: number in [0, 1], or real array that broadcasts to the shape of logits: the share of
-        the positive class; None weights neither.
-      gamma: number ≥ 0, or real array that broadcasts to the shape of logits. A Python number is
-        compiled in, once for each value, and is faster.
-      weight: real array that broadcasts to the shape of logits and multiplies the loss; None is 1.
-        One value per row of a (batch, labels) array is `weight[:, None]`.
-      where: bool array that broadcasts to the shape of logits; False gives a loss of 0. None keeps
-        everything.
+    Use it in place of `optax.sigmoid_focal_loss`, with the same arguments. Labels are never
+    broadcast, unlike optax's. All else is as in `focal_loss`.
 
     Returns:
       One loss per logit in float32 (float64 for float64 logits), 0 where masked.
-
-    Raises:
-      TypeError, ValueError: as `focal_loss`. Labels are never broadcast, unlike optax's.
-
-    Edge values: as `focal_loss`.
-
-    Differentiable: as `focal_loss`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxbce

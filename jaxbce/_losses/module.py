@@ -25,12 +25,10 @@ class BCEWithLogitsLoss:
     Use it where a loss is configured in one place and called in another: it crosses `jax.jit` and
     `jax.vmap` boundaries and can be an attribute of a Flax or Equinox module.
 
-    Formula: that of `bce_with_logits`.
-
     Args:
       weight: real array that broadcasts to the shape of logits and multiplies the loss; None is 1.
       pos_weight: real array that broadcasts to the shape of logits, usually (labels,), and
-        multiplies the positive term only; None is 1.
+        multiplies the positive term only, at least 0; None is 1.
       label_smoothing: Python number a in [0, 1]; labels become y (1 − a) + a / 2.
       reduction: "mean", "weighted_mean", "sum", "batchmean" or "none", as for `bce_with_logits`.
 
@@ -45,8 +43,6 @@ class BCEWithLogitsLoss:
       ValueError: label_smoothing or reduction is not valid, or an object with a traced array is
         compared or crosses the boundary of a transformation. Calling it raises what
         `bce_with_logits` does.
-
-    Edge values: as `bce_with_logits`.
 
     Differentiable: as `bce_with_logits`, but weight and pos_weight are constants, which no
     optimizer changes: to train them, pass them to `bce_with_logits`.

@@ -1,37 +1,52 @@
 """Four losses on images of several handwritten digits: which of ten digits are present?
 
-    pip install -e ".[examples]"                   # in a clone of the repository
-    python examples/multilabel_digits.py           # about 50 s of CPU time; --help for options
+    pip install -e ".[examples]"                           # in a clone of the repository
+    python examples/multilabel_digits.py                   # 2.5 min of CPU time; --help for options
+    python examples/multilabel_digits.py --seeds 0 1 2     # the table below, 6 min
+    python examples/multilabel_digits.py --search          # the settings in this file, 20 min
 
 A small convolutional network (Flax NNX) is trained from scratch with plain binary cross-entropy,
-with `balanced_pos_weight`, with `focal_loss` and with `asymmetric_loss`, from three seeds
-each. Everything else is the same: images, batches, network, optimizer, epochs.
+with `balanced_pos_weight`, with `focal_loss` and with `asymmetric_loss`, for 24 epochs each.
+Images, batches and network are the same. Learning rate, bias and options are each loss's own.
 
 Data: the 1797 digits of 8 x 8 pixels bundled with scikit-learn (UCI "Optical Recognition of
 Handwritten Digits", CC BY 4.0). They are split 3 : 1 : 1 by class, and only then are 0 to 4 of a
 part placed on each canvas of 24 x 24 pixels of that part: no digit image is in two. A digit
 is present in 18 % of the images.
 
-Expected on the test part: the median of seeds 0, 1, 2 and (lowest-highest). F1 is at the threshold
-that is best in validation, one for all labels; the program also prints it at 0.5.
+Expected: the median of seeds 0, 1, 2 and (lowest-highest). The first column is of the validation
+part, the others are of the test part. F1 is at the threshold that is best in validation, one for
+all labels, and at 0.5.
 
-                     mAP                      micro-F1                 macro-F1
-    BCE              0.9179 (0.9037-0.9337)   0.8655 (0.8600-0.8778)   0.8644 (0.8500-0.8718)
-    BCE, pos_weight  0.9676 (0.9603-0.9728)   0.9179 (0.9075-0.9275)   0.9169 (0.8977-0.9263)
-    focal            0.8155 (0.8027-0.8270)   0.7613 (0.7383-0.7632)   0.7499 (0.7349-0.7520)
-    asymmetric       0.9537 (0.9314-0.9625)   0.9059 (0.8754-0.9090)   0.9041 (0.8693-0.9075)
+                     epoch 4, val. mAP  mAP             micro-F1        micro-F1 at 0.5  CPU time
+    BCE                  0.978          0.987           0.951           0.958              25 s
+                     (0.958-0.982)      (0.986-0.990)   (0.950-0.961)   (0.953-0.958)
+    BCE, pos_weight      0.978          0.987           0.951           0.947              25 s
+                     (0.971-0.985)      (0.981-0.987)   (0.942-0.954)   (0.941-0.951)
+    focal                0.979          0.982           0.946           0.948              25 s
+                     (0.969-0.982)      (0.982-0.988)   (0.946-0.955)   (0.946-0.954)
+    asymmetric           0.981          0.991           0.964           0.943              26 s
+                     (0.970-0.981)      (0.985-0.992)   (0.950-0.965)   (0.921-0.946)
+    windows, SVM         0.985          0.977           0.933           0.932              43 s
 
-BCE with pos_weight wins every column, asymmetric comes second, plain BCE third and focal loss last.
-The runs are short, four epochs, so how fast a loss learns counts as much as where it ends; longer
-training was not compared. Network, learning rate and batch were chosen by the validation mAP of
-plain BCE. The hyper-parameters of the losses are the published ones, tuned for none: alpha = 0.25
-of focal loss weights positives down. At threshold 0.5 focal and asymmetric loss lose 11 to 16
-points of F1: their outputs are scores and not probabilities, so choose the threshold on validation
-data.
+Speed: after 4 of 24 epochs the four losses are as far as each other. End: they end alike too, and
+the seeds of one loss differ as much as the losses do. At 0.5 asymmetric loss loses two points of
+F1, for its outputs are scores and not probabilities.
 
-Writes to the workdir, one run at a time: `metrics.jsonl` (an object per epoch), `comparison.png`
-(every metric, loss and seed) and `predictions.png` (test images over the probabilities of two of
-the losses).
+The rival is a support vector machine for each digit. It sees how near any window of an image comes
+to each of 800 typical windows, which k-means finds among the dark ones of the training part.
+Every network is ahead of it. On bare pixels scikit-learn's machines, forests and neighbours reached
+an mAP of 0.43 and less.
+
+Settings: `--search` trained each loss in the same twelve settings with a seed of its own and took
+the best mAP in validation at the end. The best of the four losses are 0.9942, 0.9944, 0.9951 and
+0.9953. The learning rate of plain BCE decided more than the loss did: 0.985 at 6e-4, 0.994 at 2e-2,
+the largest that was tried. A prior in the bias helped focal loss and nothing else. Weighting
+positives by alpha = 0.75 was best for focal loss, but 0.25 with another learning rate came second.
+
+Writes to the workdir, one run at a time: `metrics.jsonl` (an object per epoch), `curves.png`
+(validation mAP over the epochs, the rival dotted) and `predictions.png` (test images over the
+probabilities of two of the losses). `--search` writes `metrics.jsonl` alone.
 """
 
 import argparse
@@ -66,7 +81,7 @@ CHANNELS = (32, 64)
 BATCH, EARLY, SEARCH_SEED = 32, 4, 100
 WINDOWS, SHAPES, DARK = 30_000, 800, 15  # of the rival
 THRESHOLDS = np.linspace(0.05, 0.95, 91)
-METRICS = (f"epoch {EARLY}: mAP", "mAP", "micro-F1", "micro-F1 at 0.5", "CPU seconds")
+METRICS = (f"epoch {EARLY}, val. mAP", "mAP", "micro-F1", "micro-F1 at 0.5", "CPU seconds")
 
 Loss = Callable[..., jax.Array]
 
@@ -103,7 +118,12 @@ SEARCHED = {
     ),
 }
 # What it chose.
-CHOSEN = {name: searched[0] for name, searched in SEARCHED.items()}
+CHOSEN = {
+    "BCE": Setting(2e-2, False, {}),
+    "BCE, pos_weight": Setting(2.5e-3, False, {"times": 2.0}),
+    "focal": Setting(2.5e-3, True, {"gamma": 2.0, "alpha": 0.75}),
+    "asymmetric": Setting(5e-3, False, {"gamma_neg": 4.0, "gamma_pos": 1.0, "clip": 0.05}),
+}
 
 
 class Split(NamedTuple):
@@ -378,7 +398,7 @@ def plot_curves(runs: dict[str, list[Run]], path: Path) -> None:
         axes.plot(epochs, np.median(curves, axis=0), "o-", markersize=3, color=color, label=name)
         axes.fill_between(epochs, curves.min(axis=0), curves.max(axis=0), color=color, alpha=0.15)
     axes.axhline(runs[RIVAL][0].curve[-1], color="black", linestyle=":", label=RIVAL)
-    axes.set(xlabel="epoch", ylabel="mean average precision, validation part", ylim=(0.5, 1))
+    axes.set(xlabel="epoch", ylabel="mean average precision, validation part")
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False, loc="lower right")
     clean(axes)

@@ -1,7 +1,7 @@
 """Handwritten digits and their names in eight languages, matched by two small towers.
 
     pip install -e ".[examples]"                   # in a clone of the repository
-    python examples/image_text_siglip.py           # about 40 s of CPU time; --help for options
+    python examples/image_text_siglip.py           # about 1 min of CPU time; --help for options
 
 An image tower and a text tower (a convolution over letters), both Flax NNX, are trained from
 scratch with `siglip_loss`: an image shall match the names of its digit and no other. In a batch
@@ -14,20 +14,27 @@ Handwritten Digits", CC BY 4.0), split 3 : 1 : 1 by class, and the names in this
 languages are left out of the training; 17 of their 40 names occur in none of the eight.
 
 Expected on the test part: how often the best of the ten names of a language is the right one, and
-the share of right images among the ten that are best for a name; the mean over languages, then the
-median of seeds 0, 1, 2 and (lowest-highest). The baseline knows digits and languages apart: a
-logistic regression of the pixels, and for a new name the known one that is spelt most alike.
+the share of right images among the ten that are best for a name. Each figure is the mean over
+languages, then the median of seeds 0, 1, 2 and (lowest-highest). The rival knows digits and
+languages apart: a support vector machine on the pixels, and for each name the known one that is
+spelt most alike.
 
-                   names, known    names, unseen    images, known   images, unseen
-    every match           0.953            0.910            0.999            0.927
-                  (0.921-0.958)    (0.868-0.939)    (0.999-1.000)    (0.920-0.978)
-    own text only         0.922            0.852            0.996            0.953
-                  (0.889-0.937)    (0.839-0.877)    (0.990-0.999)    (0.935-0.953)
-    baseline              0.935            0.912            1.000            0.975
+                  names, known    names, unseen   images, known   images, unseen   CPU time
+    every match          0.975           0.945           1.000            0.950       5 s
+                 (0.970-0.977)   (0.932-0.965)   (1.000-1.000)    (0.925-0.950)
+    own text only        0.969           0.942           1.000            0.948       5 s
+                 (0.965-0.977)   (0.920-0.961)   (0.999-1.000)    (0.932-0.975)
+    SVM, spelling        0.980           0.956           1.000            0.975     0.1 s
 
-The towers beat the baseline in naming a digit in a language they know. In one they do not, spelling
-finds as many names, and more images. To say which texts match gives more right names in the same
-time than one text each. Network, learning rate and epochs were chosen on the validation part.
+The rival stays ahead, narrowly: 1,078 images are few for a network, and names of digits are spelt
+alike in these languages. The example shows how to train two towers with `siglip_loss`, not the best
+way to read digits. Saying which texts match is ahead of one text each by less than the seeds
+differ.
+
+Settings were chosen on the validation part, in runs of two other seeds that left Swedish and
+Spanish out of the training. Misspelt letters, batches of 64 instead of 128 and 60 epochs instead of
+20 raised the right names in those two from 0.74 to 0.90. A convolutional image tower changed
+little. Of the rival, C = 1 and C = 10 are equal in validation.
 
 Writes to the workdir, one run at a time: `metrics.jsonl` (an object per epoch) and `retrieval.png`
 (the best test images of each name in a language that training has never seen).
@@ -53,7 +60,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
+from sklearn.svm import SVC
 from tqdm import tqdm
 
 import jaxbce
@@ -75,11 +82,13 @@ UNSEEN = {
     "Norwegian": "null en to tre fire fem seks sju åtte ni",
 }
 SHOWN, DIGITS, LETTERS, LONGEST = "Portuguese", 10, 26, 7
-WIDTH, BATCH, LEARNING_RATE = 64, 128, 3e-3
-MOST = 40  # texts of a batch that name one digit; 13 on average
+WIDTH, BATCH, LEARNING_RATE = 64, 64, 3e-3
+MISSPELT = 0.2  # share of the letters that training replaces
+MOST = 24  # texts of a batch that name one digit; 6 on average
 BEST = 10
 VARIANTS = {"every match": True, "own text only": False}
-METRICS = ("names, known", "names, unseen", "images, known", "images, unseen")
+METRICS = ("names, known", "names, unseen", "images, known", "images, unseen", "CPU seconds")
+RIVAL = "SVM, spelling"
 
 
 class Split(NamedTuple):
@@ -191,11 +200,16 @@ def scores_of(model: Towers, split: Split, languages: dict[str, str]) -> dict[st
     return dict(zip(languages, found, strict=True))
 
 
-def baseline(train: Split, split: Split, languages: dict[str, str]) -> dict[str, np.ndarray]:
-    """The probability of the digit of the known name that is spelt most alike."""
-    pixels = LogisticRegression(C=0.1, max_iter=1000)
-    pixels.fit(train.images, train.digits)
-    of_digit = pixels.predict_proba(split.images)
+def misspell(texts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """With some letters replaced, so that a tower learns names and not their exact spelling."""
+    others = rng.integers(1, LETTERS + 1, texts.shape, np.int32)
+    return np.where((texts > 0) & (rng.random(texts.shape) < MISSPELT), others, texts)
+
+
+def rival(train: Split, split: Split, languages: dict[str, str]) -> dict[str, np.ndarray]:
+    """The score of the digit of the known name that is spelt most alike."""
+    pixels = SVC(C=10).fit(train.images, train.digits)
+    of_digit = pixels.decision_function(split.images)
     known = {name: digit for line in KNOWN.values() for digit, name in enumerate(line.split())}
 
     def alike(name: str) -> int:
@@ -218,12 +232,15 @@ def image_precision(scores: dict[str, np.ndarray], digits: np.ndarray) -> float:
     return float(np.mean([digits[rows] == np.arange(DIGITS) for rows in best]))
 
 
-def evaluate(of_languages: Callable[[dict[str, str]], Any], digits: np.ndarray) -> dict[str, float]:
+def evaluate(
+    of_languages: Callable[[dict[str, str]], Any], digits: np.ndarray, started: float
+) -> dict[str, float]:
     """METRICS of what gives the scores of the images for the names of some languages."""
     scores = [of_languages(languages) for languages in (KNOWN, UNSEEN)]
     values = [
         metric(part, digits) for metric in (name_accuracy, image_precision) for part in scores
     ]
+    values.append(time.process_time() - started)
     return dict(zip(METRICS, values, strict=True))
 
 
@@ -258,7 +275,7 @@ def train(
         losses = []
         for rows in order:
             digits = data.digits[rows]
-            texts = names[rng.integers(len(names), size=batch), digits]
+            texts = misspell(names[rng.integers(len(names), size=batch), digits], rng)
             positives = None
             if every_match:
                 same = digits[:, None] == digits
@@ -318,7 +335,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--epochs", type=int, default=20, help="epochs of each run")
+    add("--epochs", type=int, default=60, help="epochs of each run")
     seeds = "each decides weights and batches of one run per variant"
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help=seeds)
     workdir = "where the run is written; one that is there is overwritten"
@@ -348,12 +365,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, float]]]
                     print(json.dumps({"loss of": name, "seed": seed, **record}), file=file)
                     bar.update()
 
+                began = time.process_time()
                 model = train(data, validation, VARIANTS[name], seed, args.epochs, after_epoch)
                 of_languages = functools.partial(scores_of, model, test)
-                results[name].append(evaluate(of_languages, test.digits))
+                results[name].append(evaluate(of_languages, test.digits, began))
                 pictured = pictured or of_languages(UNSEEN)
-        plain = functools.partial(baseline, data, test)
-        results["baseline"] = [evaluate(plain, test.digits)]
+        plain = functools.partial(rival, data, test)
+        results[RIVAL] = [evaluate(plain, test.digits, time.process_time())]
         print_table(results)
         picture = args.workdir / "retrieval.png"
         plot_retrieval(test, pictured[SHOWN], picture)

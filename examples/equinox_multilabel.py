@@ -63,7 +63,7 @@ class Classifier(eqx.Module):
     def __init__(self, prior: jax.Array, key: jax.Array) -> None:
         """`prior`: the bias of each label, what an untrained network predicts."""
         first, second, third = jax.random.split(key, 3)
-        phases = jax.random.uniform(third, HIDDEN, maxval=2 * np.pi)
+        phases = jax.random.uniform(third, (HIDDEN,), maxval=2 * np.pi)
         hidden = eqx.nn.Linear(FEATURES, HIDDEN, key=first)
         self.hidden = eqx.tree_at(lambda layer: layer.bias, hidden, phases)
         output = eqx.nn.Linear(HIDDEN, LABELS, key=second)

@@ -1,7 +1,7 @@
 """Multi-label classification of yeast genes with Flax NNX, optax and `jaxbce.bce_with_logits`.
 
     pip install -e ".[examples]"                   # in a clone of the repository
-    python examples/multilabel_yeast.py            # about 25 s on a 2-core CPU; --help for options
+    python examples/multilabel_yeast.py            # 40 s of CPU time; --help for options
 
 Which of 14 functional classes does a gene have, given 103 numbers? Eight small networks train at
 once (`nnx.vmap`), and the mean of their probabilities answers. `--resume` continues a run exactly.

@@ -24,7 +24,7 @@ Expected on the test part: the median of seeds 0, 1, 2 and (lowest-highest), at 
 The support vector machine (one a label, RBF kernel) stays ahead in four metrics, the forest in mAP,
 the networks lead in ranking loss. On 1500 genes such rivals are enough. Start from this example if
 you have more data, a network of your own, masked labels, or an accelerator. Settings, those of the
-rivals too, were chosen on parts of the 1500 genes that were held out; the test part had no say.
+rivals too, were chosen on parts of the 1500 genes that were held out.
 """
 
 import argparse

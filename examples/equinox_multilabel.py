@@ -3,8 +3,8 @@
     pip install -e ".[examples]"                   # in a clone of the repository
     python examples/equinox_multilabel.py          # about 10 s on a 2-core CPU; --help for options
 
-Two layers predict which of 14 functional classes a gene has from 103 numbers: the network,
-optimizer and split of multilabel_yeast.py, without its checkpoints. It makes no picture.
+Two layers predict which of 14 functional classes a gene has from 103 numbers: one network of those
+in multilabel_yeast.py, on all 1500 genes, without checkpoints. It makes no picture.
 
 Data: the yeast set of Elisseeff & Weston, "A kernel method for multi-labelled classification"
 (2001), 2417 genes, from the MULAN repository (mulan.sourceforge.net), carried, without a licence of
@@ -12,12 +12,13 @@ its own, by the PyPI package river 0.26.1 (BSD-3-Clause). Rows 0 to 916 are the 
 
 Expected on the test part: the median of seeds 0, 1, 2 and (lowest-highest), at threshold 0.5.
 
-                    network                   label frequencies
-    Hamming loss    0.1926 (0.1922-0.1933)    0.2330
-    micro-F1        0.6443 (0.6440-0.6453)    0.4783
-    mAP             0.5000 (0.4987-0.5042)    0.3037
+                    network                   SVM       label frequencies
+    Hamming loss    0.1930 (0.1922-0.1933)    0.1863    0.2330
+    micro-F1        0.6470 (0.6468-0.6470)    0.6601    0.4783
+    mAP             0.5136 (0.5098-0.5153)    0.5195    0.3037
 
-It tests the last of 60 epochs, where the validation loss on other splits is lowest.
+The support vector machine of multilabel_yeast.py stays ahead. Eight networks at once, as they train
+there, come closer. Epochs and settings are those chosen there.
 """
 
 import argparse
@@ -35,8 +36,9 @@ from sklearn import metrics as skm
 
 import jaxbce
 
-FEATURES, LABELS, TEST_ROWS, VALIDATION_ROWS = 103, 14, 917, 300
-BATCH, LEARNING_RATE, WEIGHT_DECAY = 48, 1e-3, 0.5
+FEATURES, LABELS, TEST_ROWS = 103, 14, 917
+HIDDEN, INPUT_DROPOUT, HIDDEN_DROPOUT = 256, 0.3, 0.5
+BATCH, LEARNING_RATE, WEIGHT_DECAY, SMOOTHING = 48, 1e-3, 0.5, 0.1
 
 
 def load_yeast() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -47,31 +49,34 @@ def load_yeast() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     with gzip.open(Path(river.origin).parent / "datasets" / "yeast.csv.gz", "rt") as file:
         table = np.loadtxt(file, delimiter=",", skiprows=1, dtype=np.float32)
     features, labels = np.split(table, [FEATURES], axis=1)
-    order = TEST_ROWS + np.random.default_rng(0).permutation(len(table) - TEST_ROWS)
-    train = order[VALIDATION_ROWS:]
-    features = (features - features[train].mean(axis=0)) / features[train].std(axis=0)
-    return features[train], labels[train], features[:TEST_ROWS], labels[:TEST_ROWS]
+    train = features[TEST_ROWS:]
+    features = (features - train.mean(axis=0)) / train.std(axis=0)
+    return features[TEST_ROWS:], labels[TEST_ROWS:], features[:TEST_ROWS], labels[:TEST_ROWS]
 
 
 class Classifier(eqx.Module):
-    """Two linear layers; dropout on the features and on the hidden units."""
+    """Two linear layers with cosines between them, and dropout before both."""
 
     hidden: eqx.nn.Linear
     output: eqx.nn.Linear
 
     def __init__(self, prior: jax.Array, key: jax.Array) -> None:
         """`prior`: the bias of each label, what an untrained network predicts."""
-        first, second = jax.random.split(key)
-        self.hidden = eqx.nn.Linear(FEATURES, 256, key=first)
-        output = eqx.nn.Linear(256, LABELS, key=second)
+        first, second, third = jax.random.split(key, 3)
+        phases = jax.random.uniform(third, (HIDDEN,), maxval=2 * np.pi)
+        hidden = eqx.nn.Linear(FEATURES, HIDDEN, key=first)
+        self.hidden = eqx.tree_at(lambda layer: layer.bias, hidden, phases)
+        output = eqx.nn.Linear(HIDDEN, LABELS, key=second)
         self.output = eqx.tree_at(lambda layer: layer.bias, output, prior)
 
     def __call__(self, features: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """The logits of one gene; without a key nothing is dropped."""
         keys = (None, None) if key is None else jax.random.split(key)
-        features = eqx.nn.Dropout(0.4, inference=key is None)(features, key=keys[0])
-        hidden = jax.nn.relu(self.hidden(features))
-        return self.output(eqx.nn.Dropout(0.5, inference=key is None)(hidden, key=keys[1]))
+        features = eqx.nn.Dropout(INPUT_DROPOUT, inference=key is None)(features, key=keys[0])
+        hidden = jax.numpy.cos(self.hidden(features))
+        return self.output(
+            eqx.nn.Dropout(HIDDEN_DROPOUT, inference=key is None)(hidden, key=keys[1])
+        )
 
 
 def make_step(
@@ -88,7 +93,7 @@ def make_step(
         @eqx.filter_value_and_grad
         def loss_of(model: Classifier) -> jax.Array:
             logits = jax.vmap(model)(features, jax.random.split(key, len(features)))
-            return jaxbce.bce_with_logits(logits, labels)
+            return jaxbce.bce_with_logits(logits, labels, label_smoothing=SMOOTHING)
 
         loss, gradients = loss_of(model)
         updates, state = optimizer.update(gradients, state, eqx.filter(model, eqx.is_array))
@@ -112,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         description="Trains a multi-label classifier on the yeast set with Equinox and jaxbce.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--epochs", type=int, default=60, help="passes over the training part")
+    parser.add_argument("--epochs", type=int, default=40, help="passes over the training part")
     parser.add_argument("--seed", type=int, default=0, help="decides weights, batches and dropout")
     args = parser.parse_args(argv)
     if args.epochs < 1:

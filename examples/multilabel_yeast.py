@@ -1,414 +1,258 @@
 """Multi-label classification of yeast genes with Flax NNX, optax and `jaxbce.bce_with_logits`.
 
     pip install -e ".[examples]"                   # in a clone of the repository
-    python examples/multilabel_yeast.py            # about 25 s on a 2-core CPU; --help for options
+    python examples/multilabel_yeast.py            # 40 s of CPU time; --help for options
 
-A two-layer network predicts which of 14 functional classes a gene has from 103 numbers. The batch
-is sharded over all devices that JAX has. `--resume` continues a run bit for bit on the same
-devices: the learning rate is constant; seed, epoch and step alone decide batches and dropout.
+Which of 14 functional classes does a gene have, given 103 numbers? Eight small networks train at
+once (`nnx.vmap`), and the mean of their probabilities answers. `--resume` continues a run exactly.
+`yeast.png` in the workdir shows the losses, and the average precision of each label.
 
 Data: the yeast set of Elisseeff & Weston, "A kernel method for multi-labelled classification"
-(2001), 2417 genes, as distributed by the MULAN repository (mulan.sourceforge.net) and carried,
-without a licence of its own, by the PyPI package river 0.26.1 (BSD-3-Clause). Rows 0 to 916 are the
-canonical test part; 300 of the other 1500, drawn with a fixed seed, are the validation part.
+(2001), from the MULAN repository (mulan.sourceforge.net), carried, without a licence of its own, by
+the PyPI package river 0.26.1 (BSD-3-Clause). 1500 genes to train on; the first 917 rows to test.
 
 Expected on the test part: the median of seeds 0, 1, 2 and (lowest-highest), at threshold 0.5.
 
-                    network                   logistic regression   label frequencies
-    Hamming loss    0.1933 (0.1925-0.1945)    0.1991                0.2330
-    micro-F1        0.6448 (0.6411-0.6474)    0.6301                0.4783
-    macro-F1        0.3781 (0.3762-0.3821)    0.3404                0.1222
-    ranking loss    0.1661 (0.1655-0.1663)    0.1752                0.2100
-    LRAP            0.7656 (0.7649-0.7672)    0.7549                0.7050
-    mAP             0.5010 (0.4975-0.5034)    0.4576                0.3037
+                    eight networks            SVM       random forest   label frequencies
+    Hamming loss    0.1906 (0.1906-0.1908)    0.1863    0.1959          0.2330
+    micro-F1        0.6483 (0.6469-0.6484)    0.6601    0.6195          0.4783
+    macro-F1        0.3791 (0.3788-0.3803)    0.4065    0.3251          0.1222
+    ranking loss    0.1585 (0.1585-0.1590)    0.1595    0.1641          0.2100
+    LRAP            0.7699 (0.7696-0.7706)    0.7730    0.7606          0.7050
+    mAP             0.5185 (0.5181-0.5225)    0.5195    0.5287          0.3037
 
-Settings were chosen without the test part: of two widths, two input dropouts and three weight
-decays those with the lowest validation loss, a mean over five random splits of the 1500 rows; C of
-the logistic regression by Hamming loss, micro-F1 and mAP on the same splits. A run tests the epoch
-with the lowest validation loss.
-
-Writes to the workdir, one run at a time: `metrics.jsonl` (an object per epoch), Orbax checkpoints
-of the last and the best epoch, and `yeast.png`: left the training and validation loss, right each
-label's average precision beside the logistic regression's. `--resume` needs the log as well as the
-checkpoints, and refuses a log that does not fit them.
+The support vector machine (one a label, RBF kernel) stays ahead in four metrics, the forest in mAP,
+the networks lead in ranking loss. On 1500 genes such rivals are enough. Start from this example if
+you have more data, a network of your own, masked labels, or an accelerator. Settings, those of the
+rivals too, were chosen on parts of the 1500 genes that were held out.
 """
 
 import argparse
 import contextlib
-import fcntl
 import gzip
 import importlib.util
-import json
-import shutil
+import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
+from typing import Any, TypeAlias
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax import Array
 from matplotlib.figure import Figure
-from orbax.checkpoint import checkpoint_managers
 from sklearn import metrics as skm
-from sklearn.linear_model import LogisticRegression
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.ensemble import RandomForestClassifier
 from sklearn.multiclass import OneVsRestClassifier
+from sklearn.svm import SVC
 from tqdm import tqdm
 
 import jaxbce
 
-FEATURES, LABELS, TEST_ROWS, VALIDATION_ROWS = 103, 14, 917, 300
-HIDDEN, INPUT_DROPOUT, DROPOUT = 256, 0.4, 0.5
-BATCH, LEARNING_RATE, WEIGHT_DECAY = 48, 1e-3, 0.5
-MAX_POS_WEIGHT = 10.0
-THRESHOLD = 0.5
-REGRESSION_C = 0.01
+Optimizer: TypeAlias = nnx.Optimizer["Classifier"]
+FEATURES, LABELS, TEST_ROWS = 103, 14, 917
+NETWORKS, HIDDEN, INPUT_DROPOUT, HIDDEN_DROPOUT = 8, 256, 0.3, 0.5
+BATCH, LEARNING_RATE, WEIGHT_DECAY, SMOOTHING = 48, 1e-3, 0.5, 0.1
 
 
-Array = TypeVar("Array", np.ndarray, jax.Array)
+class Classifier(nnx.Module):
+    """Two dense layers. The cosines between them start as a Gaussian kernel, which then learns."""
+
+    def __init__(self, prior: Array, rngs: nnx.Rngs) -> None:
+        phases = nnx.initializers.uniform(2 * np.pi)
+        self.hidden = nnx.Linear(FEATURES, HIDDEN, bias_init=phases, rngs=rngs)
+        self.output = nnx.Linear(HIDDEN, LABELS, bias_init=lambda *_: prior, rngs=rngs)
+        self.input_dropout = nnx.Dropout(INPUT_DROPOUT, rngs=rngs)
+        self.hidden_dropout = nnx.Dropout(HIDDEN_DROPOUT, rngs=rngs)
+
+    def __call__(self, features: Array) -> Array:
+        hidden = jnp.cos(self.hidden(self.input_dropout(features)))
+        return self.output(self.hidden_dropout(hidden))
 
 
-class Split(NamedTuple, Generic[Array]):
-    """Rows of the set: NumPy arrays on the host, JAX arrays once on the devices."""
-
-    features: Array
-    labels: Array
+# Each network has its own weights, dropout and features: every array has a first axis of networks.
+new_networks = nnx.split_rngs(splits=NETWORKS)(nnx.vmap(Classifier, in_axes=(None, 0)))
+logits_of = nnx.vmap(Classifier.__call__)
 
 
-class Data(NamedTuple):
-    train: Split[np.ndarray]
-    validation: Split[np.ndarray]
-    test: Split[np.ndarray]
+def loss_of(networks: Classifier, features: Array, labels: Array) -> Array:
+    logits = logits_of(networks, features)
+    return jaxbce.bce_with_logits(logits, labels, label_smoothing=SMOOTHING)
 
 
-def load_yeast() -> Data:
-    """Reads the file in river, splits it and standardises by the mean and deviation of `train`."""
+@nnx.jit
+def train_step(networks: Classifier, optimizer: Optimizer, features: Array, labels: Array) -> Array:
+    loss: Array
+    loss, gradients = nnx.value_and_grad(loss_of)(networks, features, labels)
+    optimizer.update(networks, gradients)
+    return loss
+
+
+def probabilities(networks: Classifier, features: np.ndarray) -> np.ndarray:
+    """The mean over the networks, which all see the same features."""
+    networks.set_attributes(deterministic=True)
+    same = jnp.broadcast_to(features, (NETWORKS, *features.shape))
+    return np.asarray(nnx.sigmoid(logits_of(networks, same)).mean(axis=0))
+
+
+def load_yeast() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Features and labels to train on, features and labels to test on."""
     river = importlib.util.find_spec("river")
     if river is None or river.origin is None:
         raise SystemExit("The data come with river: install it with `pip install river==0.26.1`.")
     with gzip.open(Path(river.origin).parent / "datasets" / "yeast.csv.gz", "rt") as file:
         table = np.loadtxt(file, delimiter=",", skiprows=1, dtype=np.float32)
     features, labels = np.split(table, [FEATURES], axis=1)
-    order = TEST_ROWS + np.random.default_rng(0).permutation(len(table) - TEST_ROWS)
-    validation, train = np.split(order, [VALIDATION_ROWS])
-    features = (features - features[train].mean(axis=0)) / features[train].std(axis=0)
-    parts = (train, validation, np.arange(TEST_ROWS))
-    return Data(*(Split(features[rows], labels[rows]) for rows in parts))
+    train = features[TEST_ROWS:]
+    features = (features - train.mean(axis=0)) / train.std(axis=0)
+    return features[TEST_ROWS:], labels[TEST_ROWS:], features[:TEST_ROWS], labels[:TEST_ROWS]
 
 
-class Classifier(nnx.Module):
-    """Two dense layers; dropout on the features and on the hidden units when given a key."""
+class Run:
+    """The networks, their optimizer, and the losses of every epoch so far."""
 
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.hidden = nnx.Linear(FEATURES, HIDDEN, rngs=rngs)
-        self.output = nnx.Linear(HIDDEN, LABELS, rngs=rngs)
-        self.input_dropout = nnx.Dropout(INPUT_DROPOUT)
-        self.hidden_dropout = nnx.Dropout(DROPOUT)
+    def __init__(self, features: np.ndarray, labels: np.ndarray, seed: int) -> None:
+        self.features, self.labels = features, labels
+        # Each network holds out another eighth of the genes: together they train on all.
+        genes = np.random.default_rng(0).permutation(len(features))
+        self.held_out = genes[: len(genes) // NETWORKS * NETWORKS].reshape(NETWORKS, -1)
+        self.trained = np.stack([np.setdiff1d(genes, held_out) for held_out in self.held_out])
+        self.networks = new_networks(jaxbce.prior_bias(labels), nnx.Rngs(seed))
+        tx = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        self.optimizer = nnx.Optimizer(self.networks, tx, wrt=nnx.Param)
+        self.log: dict[str, Any] = {"seed": seed, "training loss": [], "validation loss": []}
 
-    def __call__(self, features: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-        if dropout_key is None:
-            return self.output(nnx.relu(self.hidden(features)))
-        input_key, hidden_key = jax.random.split(dropout_key)
-        features = self.input_dropout(features, rngs=input_key)
-        hidden = nnx.relu(self.hidden(features))
-        return self.output(self.hidden_dropout(hidden, rngs=hidden_key))
+    def state(self) -> dict[str, Any]:
+        return {"networks": nnx.state(self.networks), "optimizer": nnx.state(self.optimizer)}
 
+    def batch(self, genes: np.ndarray) -> tuple[Array, Array]:
+        return jnp.asarray(self.features[genes]), jnp.asarray(self.labels[genes])
 
-@nnx.jit
-def train_step(
-    model: Classifier,
-    optimizer: nnx.Optimizer[Classifier],
-    batch: Split[jax.Array],
-    pos_weight: jax.Array,
-    key: jax.Array,
-) -> jax.Array:
-    """Updates the model on one batch; the optimizer's step count makes the dropout key unique."""
-    dropout_key = jax.random.fold_in(key, optimizer.step[...])
-
-    def loss_of(model: Classifier) -> jax.Array:
-        logits = model(batch.features, dropout_key)
-        return jaxbce.bce_with_logits(logits, batch.labels, pos_weight=pos_weight)
-
-    loss: jax.Array
-    loss, gradients = nnx.value_and_grad(loss_of)(model)
-    optimizer.update(model, gradients)
-    return loss
+    def train_epoch(self, epoch: int) -> None:
+        """Takes the genes in an order that only the seed and the epoch decide, and validates."""
+        order = np.random.default_rng((self.log["seed"], epoch)).permuted(self.trained, axis=1)
+        batches = [order[:, i : i + BATCH] for i in range(0, order.shape[1] - BATCH + 1, BATCH)]
+        losses = [train_step(self.networks, self.optimizer, *self.batch(b)) for b in batches]
+        self.log["training loss"].append(float(jnp.stack(losses).mean()))
+        self.networks.set_attributes(deterministic=True)
+        validation_loss = nnx.jit(loss_of)(self.networks, *self.batch(self.held_out))
+        self.networks.set_attributes(deterministic=False)
+        self.log["validation loss"].append(float(validation_loss))
 
 
-@nnx.jit
-def predict(
-    model: Classifier, split: Split[jax.Array], pos_weight: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the mean loss and the probabilities."""
-    logits = model(split.features)
-    loss = jaxbce.bce_with_logits(logits, split.labels, pos_weight=pos_weight)
-    return loss, nnx.sigmoid(logits)
+@contextlib.contextmanager
+def held_back_interrupt() -> Iterator[None]:
+    """Lets Ctrl-C wait for the end of the block, so that it cuts no checkpoint short."""
+    pressed: list[int] = []
+    usual = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if pressed:
+        raise KeyboardInterrupt
 
 
-def mean_average_precision(labels: np.ndarray, scores: np.ndarray | jax.Array) -> float:
-    return float(skm.average_precision_score(labels, np.asarray(scores), average="macro"))
+def saved_epoch(directory: Path) -> int:
+    """The last epoch of which there is a whole checkpoint; 0 without one."""
+    return max((int(path.name) for path in directory.glob("*") if path.name.isdigit()), default=0)
+
+
+def restore(run: Run, checkpoints: ocp.CheckpointManager) -> None:
+    state, log = ocp.args.StandardRestore(run.state()), ocp.args.JsonRestore()
+    saved = checkpoints.restore(None, args=ocp.args.Composite(state=state, log=log))
+    if saved.log["seed"] != run.log["seed"]:
+        raise SystemExit(
+            f"The run in {checkpoints.directory.parent} has --seed {saved.log['seed']}, not "
+            f"{run.log['seed']}: give that seed, or run without --resume to start anew."
+        )
+    nnx.update(run.networks, saved.state["networks"])
+    nnx.update(run.optimizer, saved.state["optimizer"])
+    run.log = saved.log
+
+
+def train(run: Run, epochs: int, directory: Path, resume: bool) -> None:
+    """Trains up to an epoch. A checkpoint holds the last one: its state and the log."""
+    found = saved_epoch(directory)
+    if resume and not found:
+        raise SystemExit(f"No run to resume in {directory.parent}: run without --resume.")
+    if resume and found > epochs:
+        raise SystemExit(
+            f"The run in {directory.parent} has {found} epochs, more than --epochs {epochs}: give "
+            f"--epochs {found} or more."
+        )
+    if found and not resume:
+        print(f"Replaces the run of {found} epochs in {directory.parent}; --resume continues one.")
+    options = ocp.CheckpointManagerOptions(max_to_keep=1)
+    with ocp.CheckpointManager(directory.resolve(), options=options) as checkpoints:
+        if resume:
+            restore(run, checkpoints)
+        else:
+            for epoch in checkpoints.all_steps():
+                checkpoints.delete(epoch)
+        remaining = range(found + 1 if resume else 1, epochs + 1)
+        for epoch in (progress := tqdm(remaining, "training", unit="epoch", disable=None)):
+            with held_back_interrupt():
+                run.train_epoch(epoch)
+                state, log = ocp.args.StandardSave(run.state()), ocp.args.JsonSave(run.log)
+                checkpoints.save(epoch, args=ocp.args.Composite(state=state, log=log))
+            summary = f"validation loss {run.log['validation loss'][-1]:.4f}"
+            progress.set_postfix_str(summary, refresh=False)
+            if progress.disable and epoch % 10 == 0:
+                print(f"epoch {epoch}/{epochs}: {summary}", flush=True)
+
+
+def rival_scores(
+    features: np.ndarray, labels: np.ndarray, test_features: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What scikit-learn does with the same genes."""
+    machine = OneVsRestClassifier(CalibratedClassifierCV(SVC(C=1), ensemble=False))
+    forest = RandomForestClassifier(300, min_samples_leaf=2, n_jobs=-1, random_state=0)
+    trees = forest.fit(features, labels).predict_proba(test_features)
+    return {
+        "SVM": machine.fit(features, labels).predict_proba(test_features),
+        "random forest": np.stack([label[:, 1] for label in trees], axis=1),
+        "label frequencies": np.tile(labels.mean(axis=0), (len(test_features), 1)),
+    }
 
 
 def evaluate(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """The six metrics of the table."""
-    labels = labels.astype(int)
-    decisions = (scores >= THRESHOLD).astype(int)
+    """The six metrics of the table; a label is given from a probability of 0.5 on."""
+    labels, decisions = labels.astype(int), (scores >= 0.5).astype(int)
     values = {
-        "hamming_loss": skm.hamming_loss(labels, decisions),
-        "micro_f1": skm.f1_score(labels, decisions, average="micro", zero_division=0),
-        "macro_f1": skm.f1_score(labels, decisions, average="macro", zero_division=0),
-        "ranking_loss": skm.label_ranking_loss(labels, scores),
-        "lrap": skm.label_ranking_average_precision_score(labels, scores),
-        "map": mean_average_precision(labels, scores),
+        "Hamming loss": skm.hamming_loss(labels, decisions),
+        "micro-F1": skm.f1_score(labels, decisions, average="micro", zero_division=0),
+        "macro-F1": skm.f1_score(labels, decisions, average="macro", zero_division=0),
+        "ranking loss": skm.label_ranking_loss(labels, scores),
+        "LRAP": skm.label_ranking_average_precision_score(labels, scores),
+        "mAP": skm.average_precision_score(labels, scores, average="macro"),
     }
     return {name: float(value) for name, value in values.items()}
 
 
-class Trainer:
-    """The model, its optimizer, their place on the devices and their checkpoints."""
-
-    def __init__(self, data: Data, seed: int, weigh_positives: bool, directory: Path) -> None:
-        devices = jax.device_count()
-        mesh = jax.make_mesh((devices,), ("batch",), axis_types=(AxisType.Auto,))
-        self.replicated = NamedSharding(mesh, PartitionSpec())
-        self.by_row = NamedSharding(mesh, PartitionSpec("batch"))
-        self.batch_size = -(-BATCH // devices) * devices
-        self.data = data
-        self.seed = seed
-        self.key = jax.device_put(jax.random.key(seed), self.replicated)
-        self.validation = jax.device_put(data.validation, self.replicated)
-        self.pos_weight = jax.device_put(positive_weights(data, weigh_positives), self.replicated)
-        self.model = Classifier(nnx.Rngs(seed))
-        assert self.model.output.bias is not None
-        self.model.output.bias[...] = jaxbce.prior_bias(data.train.labels)
-        tx = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        self.optimizer = nnx.Optimizer(self.model, tx, wrt=nnx.Param)
-        self.set_state(jax.device_put(self.state(), self.replicated))
-        self.checkpoints = open_checkpoints(directory)
-
-    def state(self) -> dict[str, Any]:
-        return {"model": nnx.state(self.model), "optimizer": nnx.state(self.optimizer)}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        nnx.update(self.model, state["model"])
-        nnx.update(self.optimizer, state["optimizer"])
-
-    def train_epoch(self, epoch: int) -> dict[str, float]:
-        """Trains one epoch, in an order that only the seed and the epoch decide; validates it."""
-        features, labels = self.data.train
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(features))
-        losses = []
-        for start in range(0, len(order) - self.batch_size + 1, self.batch_size):
-            rows = order[start : start + self.batch_size]
-            batch = jax.device_put(Split(features[rows], labels[rows]), self.by_row)
-            losses.append(train_step(self.model, self.optimizer, batch, self.pos_weight, self.key))
-        validation_loss, scores = predict(self.model, self.validation, self.pos_weight)
-        return {
-            "train_loss": float(jnp.stack(losses).mean()),
-            "validation_loss": float(validation_loss),
-            "validation_map": mean_average_precision(self.data.validation.labels, scores),
-        }
-
-    def restore(self, epoch: int) -> None:
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated), self.state()
-        )
-        self.set_state(self.checkpoints.restore(epoch, args=ocp.args.StandardRestore(target)))
-
-    def test_scores(self) -> np.ndarray:
-        """Probabilities on the test part, of the epoch with the lowest validation loss."""
-        self.checkpoints.wait_until_finished()
-        self.restore(self.checkpoints.best_step())
-        test = jax.device_put(self.data.test, self.replicated)
-        return np.asarray(predict(self.model, test, self.pos_weight)[1])
-
-
-def positive_weights(data: Data, weigh_positives: bool) -> jax.Array:
-    """Negatives / positives of each label in training, at most MAX_POS_WEIGHT; or ones."""
-    if not weigh_positives:
-        return jnp.ones(LABELS)
-    return jaxbce.balanced_pos_weight(data.train.labels, max_weight=MAX_POS_WEIGHT)
-
-
-def open_checkpoints(directory: Path) -> ocp.CheckpointManager:
-    """A manager that keeps the last epoch and the one with the lowest validation loss."""
-
-    def validation_loss(record: dict[str, float]) -> float:
-        return record["validation_loss"]
-
-    kept = [
-        checkpoint_managers.LatestN(1),
-        checkpoint_managers.BestN(get_metric_fn=validation_loss, reverse=True, n=1),
-    ]
-    options = ocp.CheckpointManagerOptions(
-        best_fn=validation_loss,
-        best_mode="min",
-        preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
-    )
-    return ocp.CheckpointManager(directory.resolve(), options=options)
-
-
-def train(data: Data, args: argparse.Namespace) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """Trains up to args.epochs; returns one record per epoch and the scores on the test part."""
-    log, directory = args.workdir / "metrics.jsonl", args.workdir / "checkpoints"
-    settings = {"seed": args.seed, "pos_weight": args.pos_weight}
-    if not args.resume:
-        if directory.exists():
-            shutil.rmtree(directory)
-        log.unlink(missing_ok=True)
-    trainer = Trainer(data, args.seed, args.pos_weight, directory)
-    records = resume(trainer, log, settings) if args.resume else []
-    if len(records) > args.epochs:
-        raise SystemExit(
-            f"The run in {args.workdir} has {len(records)} epochs, more than --epochs "
-            f"{args.epochs}: give --epochs {len(records)} or more."
-        )
-    epochs = range(len(records) + 1, args.epochs + 1)
-    progress = tqdm(epochs, "training", unit="epoch", disable=None)
-    with log.open("a") as file:
-        for epoch in progress:
-            record = {"epoch": epoch, **settings, **trainer.train_epoch(epoch)}
-            records.append(record)
-            # The epoch before is saved by now: the log is never more than one epoch ahead.
-            trainer.checkpoints.wait_until_finished()
-            print(json.dumps(record), file=file, flush=True)
-            state = ocp.args.StandardSave(trainer.state())
-            trainer.checkpoints.save(epoch, args=state, metrics=record)
-            summary = f"validation loss {record['validation_loss']:.4f}"
-            progress.set_postfix_str(summary, refresh=False)
-            if progress.disable and epoch % 10 == 0:
-                print(f"epoch {epoch}/{args.epochs}: {summary}", flush=True)
-    scores = trainer.test_scores()
-    trainer.checkpoints.close()
-    return records, scores
-
-
-def resume(trainer: Trainer, log: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Restores the last checkpoint, cuts the log back to it and returns the log's records."""
-    last = trainer.checkpoints.latest_step()
-    if last is None:
-        raise SystemExit(f"No checkpoint to resume from in {log.parent}: run without --resume.")
-    saved = trainer.checkpoints.metrics(last)
-    found = {name: saved[name] for name in settings}
-    if found != settings:
-        raise SystemExit(
-            f"The run in {log.parent} has {found}, not {settings}: give the options it was started "
-            "with, or run without --resume to start anew."
-        )
-    records = read_log(log, saved, settings)
-    # Written beside the log and then put in its place: on a full disk the log is not lost.
-    shortened = log.with_suffix(".new")
-    shortened.write_text("".join(json.dumps(record) + "\n" for record in records))
-    shortened.replace(log)
-    trainer.restore(last)
-    return records
-
-
-def read_log(log: Path, saved: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records up to `saved`, that of the last checkpoint; refuses a log that does not fit.
-
-    An epoch is logged before it is saved, so a run that was stopped can leave one line more,
-    perhaps cut short: it is left out, and its epoch is trained again.
-    """
-    last = saved["epoch"]
-
-    def refuse(found: str) -> NoReturn:
-        raise SystemExit(
-            f"{log} does not fit the checkpoint of epoch {last}: {found}. Put the log of this run "
-            "back, or run without --resume to start anew."
-        )
-
-    if not log.exists():
-        refuse("it is missing")
-    text = log.read_text(errors="replace")
-    lines = text.splitlines()
-    if len(lines) == last + 1 and not text.endswith("\n"):
-        lines.pop()
-    if len(lines) not in (last, last + 1):
-        refuse(f"it has {len(lines)} line(s)")
-    for epoch, line in enumerate(lines, 1):
-        expected = saved if epoch == last else {"epoch": epoch, **settings}
-        if not is_record(line, expected):
-            refuse(f"its line {epoch} is {line[:80]!r}")
-    return [json.loads(line) for line in lines[:last]]
-
-
-def is_record(line: str, expected: dict[str, Any]) -> bool:
-    """Whether a line of the log holds what is expected and both losses."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return False
-    match record:
-        case {"train_loss": float(), "validation_loss": float()}:
-            return bool(expected.items() <= record.items())
-    return False
-
-
-def baseline_scores(data: Data) -> dict[str, np.ndarray]:
-    """Test scores of two baselines, fitted on the same rows as the network."""
-    frequencies = np.broadcast_to(data.train.labels.mean(axis=0), data.test.labels.shape)
-    regression = OneVsRestClassifier(LogisticRegression(C=REGRESSION_C)).fit(*data.train)
-    probabilities = regression.predict_proba(data.test.features)
-    return {"label frequencies": frequencies, "logistic regression": probabilities}
-
-
-def print_table(results: dict[str, dict[str, float]]) -> None:
-    headings = ("Hamming ↓", "micro-F1 ↑", "macro-F1 ↑", "ranking ↓", "LRAP ↑", "mAP ↑")
-    print(f"{'test part':<20}" + "".join(f"{heading:>12}" for heading in headings))
-    for name, values in results.items():
-        print(f"{name:<20}" + "".join(f"{value:>12.4f}" for value in values.values()))
-
-
-def plot(
-    records: list[dict[str, Any]], labels: np.ndarray, scores: dict[str, np.ndarray], path: Path
-) -> None:
+def plot(log: dict[str, Any], labels: np.ndarray, scores: dict[str, np.ndarray]) -> Figure:
     """Left the losses by epoch, right the test average precision of each label."""
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
-
-    epochs = [record["epoch"] for record in records]
-    validation = [record["validation_loss"] for record in records]
-    best = int(np.argmin(validation))
-    left.plot(epochs, [record["train_loss"] for record in records], label="training (dropout on)")
-    left.plot(epochs, validation, label="validation")
-    left.plot(epochs[best], validation[best], "ko", label=f"kept: epoch {epochs[best]}")
+    for name in ("training loss", "validation loss"):
+        left.plot(range(1, len(log[name]) + 1), log[name], label=name)
     left.set(title="Loss", xlabel="epoch", ylabel="binary cross-entropy")
-
-    frequencies = labels.mean(axis=0)
-    order = np.argsort(-frequencies)
-    place = np.arange(LABELS)
-    looks = ((-0.2, "tab:green"), (0.2, "tab:gray"))
-    for (offset, color), (name, values) in zip(looks, scores.items(), strict=True):
-        precisions = skm.average_precision_score(labels, values, average=None)
-        right.bar(place + offset, precisions[order], width=0.4, color=color, label=name)
-    ends = (place - 0.4, place + 0.4)
-    right.hlines(frequencies[order], *ends, colors="black", label="label frequency")
-    right.set_xticks(place, [f"class {label + 1}" for label in order], rotation=45, ha="right")
+    order = np.argsort(-labels.mean(axis=0))
+    for name, marker in zip(scores, "os^_", strict=True):
+        precisions = skm.average_precision_score(labels, scores[name], average=None)
+        right.plot(precisions[order], marker, label=name)
+    names = [f"class {label + 1}" for label in order]
+    right.set_xticks(range(LABELS), names, rotation=45, ha="right")
     right.set(title="Average precision by label, test part", ylim=(0, 1))
-
     for axes in (left, right):
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-
-
-@contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
-    """Keeps other runs out of the workdir; the system frees it however this process ends."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SystemExit(
-                f"Another run is at work in {workdir}: wait for it or give another --workdir."
-            ) from None
-        yield
+    return figure
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -417,12 +261,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--epochs", type=int, default=80, help="epochs in total, with those already done")
+    add("--epochs", type=int, default=40, help="epochs in total, with those already done")
     add("--seed", type=int, default=0, help="decides weights, batches and dropout")
-    workdir = "where the run is written; without --resume, a run that is there is overwritten"
+    workdir = "where the run is written; without --resume, a run that is there is replaced"
     add("--workdir", type=Path, default=Path("runs/yeast"), help=workdir)
-    weight = f"weight positives by negatives / positives of the label, at most {MAX_POS_WEIGHT:g}"
-    add("--pos-weight", action="store_true", help=weight)
     again = "continue the run in workdir, exactly as if it had never stopped"
     add("--resume", action="store_true", help=again)
     args = parser.parse_args(argv)
@@ -434,23 +276,30 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Runs the program; returns the network's metrics on the test part."""
+    """Runs the program; returns the metrics of the networks on the test part."""
     args = parse_arguments(argv)
     started = time.perf_counter()
-    with locked(args.workdir):
-        data = load_yeast()
-        records, network = train(data, args)
-        scores = {"network": network, **baseline_scores(data)}
-        results = {name: evaluate(data.test.labels, values) for name, values in scores.items()}
-        print_table(results)
-        picture = args.workdir / "yeast.png"
-        compared = {name: scores[name] for name in ("network", "logistic regression")}
-        plot(records, data.test.labels, compared, picture)
+    checkpoints, picture = args.workdir / "checkpoints", args.workdir / "yeast.png"
+    try:
+        features, labels, test_features, test_labels = load_yeast()
+        run = Run(features, labels, args.seed)
+        train(run, args.epochs, checkpoints, args.resume)
+        trained = time.perf_counter() - started
+        scores = {"eight networks": probabilities(run.networks, test_features)}
+        scores |= rival_scores(features, labels, test_features)
+        results = {name: evaluate(test_labels, values) for name, values in scores.items()}
+        plot(run.log, test_labels, scores).savefig(picture, dpi=150)
+    except KeyboardInterrupt:
+        done = saved_epoch(checkpoints)
+        hint = f"after epoch {done}; continue with --resume" if done else "before epoch 1 was done"
+        print(f"stopped {hint}", file=sys.stderr)
+        raise SystemExit(130) from None
+    print(" " * 18 + "".join(f"{metric:>14}" for metric in results["SVM"]))
+    for name, values in results.items():
+        print(f"{name:<18}" + "".join(f"{value:>14.4f}" for value in values.values()))
     seconds = time.perf_counter() - started
-    print(
-        f"{seconds:.1f} s on {jax.device_count()} {jax.default_backend()} device(s); see {picture}"
-    )
-    return results["network"]
+    print(f"{seconds:.1f} s, of which {trained:.1f} s for the networks; see {picture}")
+    return results["eight networks"]
 
 
 if __name__ == "__main__":

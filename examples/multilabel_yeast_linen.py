@@ -3,8 +3,8 @@
     pip install -e ".[examples]"                   # in a clone of the repository
     python examples/multilabel_yeast_linen.py      # about 10 s on a 2-core CPU; --help for options
 
-Two layers predict which of 14 functional classes a gene has from 103 numbers: the network,
-optimizer and split of multilabel_yeast.py, without its checkpoints. It makes no picture.
+Two layers predict which of 14 functional classes a gene has from 103 numbers: one network of those
+in multilabel_yeast.py, on all 1500 genes, without checkpoints. It makes no picture.
 
 Data: the yeast set of Elisseeff & Weston, "A kernel method for multi-labelled classification"
 (2001), 2417 genes, from the MULAN repository (mulan.sourceforge.net), carried, without a licence of
@@ -12,12 +12,13 @@ its own, by the PyPI package river 0.26.1 (BSD-3-Clause). Rows 0 to 916 are the 
 
 Expected on the test part: the median of seeds 0, 1, 2 and (lowest-highest), at threshold 0.5.
 
-                    network                   label frequencies
-    Hamming loss    0.1935 (0.1935-0.1939)    0.2330
-    micro-F1        0.6422 (0.6421-0.6427)    0.4783
-    mAP             0.4993 (0.4973-0.5012)    0.3037
+                    network                   SVM       label frequencies
+    Hamming loss    0.1920 (0.1920-0.1931)    0.1863    0.2330
+    micro-F1        0.6467 (0.6443-0.6511)    0.6601    0.4783
+    mAP             0.5150 (0.5119-0.5177)    0.5195    0.3037
 
-It tests the last of 60 epochs, where the validation loss on other splits is lowest.
+The support vector machine of multilabel_yeast.py stays ahead. Eight networks at once, as they train
+there, come closer. Epochs and settings are those chosen there.
 """
 
 import argparse
@@ -38,8 +39,9 @@ from sklearn import metrics as skm
 
 import jaxbce
 
-FEATURES, LABELS, TEST_ROWS, VALIDATION_ROWS = 103, 14, 917, 300
-BATCH, LEARNING_RATE, WEIGHT_DECAY = 48, 1e-3, 0.5
+FEATURES, LABELS, TEST_ROWS = 103, 14, 917
+HIDDEN, INPUT_DROPOUT, HIDDEN_DROPOUT = 256, 0.3, 0.5
+BATCH, LEARNING_RATE, WEIGHT_DECAY, SMOOTHING = 48, 1e-3, 0.5, 0.1
 
 
 def load_yeast() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -50,21 +52,22 @@ def load_yeast() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     with gzip.open(Path(river.origin).parent / "datasets" / "yeast.csv.gz", "rt") as file:
         table = np.loadtxt(file, delimiter=",", skiprows=1, dtype=np.float32)
     features, labels = np.split(table, [FEATURES], axis=1)
-    order = TEST_ROWS + np.random.default_rng(0).permutation(len(table) - TEST_ROWS)
-    train = order[VALIDATION_ROWS:]
-    features = (features - features[train].mean(axis=0)) / features[train].std(axis=0)
-    return features[train], labels[train], features[:TEST_ROWS], labels[:TEST_ROWS]
+    train = features[TEST_ROWS:]
+    features = (features - train.mean(axis=0)) / train.std(axis=0)
+    return features[TEST_ROWS:], labels[TEST_ROWS:], features[:TEST_ROWS], labels[:TEST_ROWS]
 
 
 class Classifier(nn.Module):
-    """Two dense layers; dropout on the features and on the hidden units."""
+    """Two dense layers with cosines between them, and dropout before both."""
 
     prior: tuple[float, ...]  # of the bias of each label: what an untrained network predicts
 
     @nn.compact
     def __call__(self, features: jax.Array, train: bool = False) -> jax.Array:
-        features = nn.Dropout(0.4, deterministic=not train)(features)
-        hidden = nn.Dropout(0.5, deterministic=not train)(nn.relu(nn.Dense(256)(features)))
+        features = nn.Dropout(INPUT_DROPOUT, deterministic=not train)(features)
+        phases = nn.initializers.uniform(2 * np.pi)
+        hidden = jnp.cos(nn.Dense(HIDDEN, bias_init=phases)(features))
+        hidden = nn.Dropout(HIDDEN_DROPOUT, deterministic=not train)(hidden)
         return nn.Dense(LABELS, bias_init=lambda *_: jnp.array(self.prior))(hidden)
 
 
@@ -76,7 +79,7 @@ def train_step(
 
     def loss_of(params: dict[str, Any]) -> jax.Array:
         logits = state.apply_fn({"params": params}, features, train=True, rngs=dropout)
-        return jaxbce.bce_with_logits(logits, labels)
+        return jaxbce.bce_with_logits(logits, labels, label_smoothing=SMOOTHING)
 
     loss, gradients = jax.value_and_grad(loss_of)(state.params)
     return state.apply_gradients(grads=gradients), loss
@@ -97,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         description="Trains a multi-label classifier on the yeast set with Flax Linen and jaxbce.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--epochs", type=int, default=60, help="passes over the training part")
+    parser.add_argument("--epochs", type=int, default=40, help="passes over the training part")
     parser.add_argument("--seed", type=int, default=0, help="decides weights, batches and dropout")
     args = parser.parse_args(argv)
     if args.epochs < 1:

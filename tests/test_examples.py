@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -124,7 +125,6 @@ def test_meaningless_numbers_are_refused(name, options, capsys):
 @pytest.mark.parametrize(
     ("name", "first_step"),
     [
-        ("multilabel_yeast", "load_yeast"),
         ("multilabel_digits", "load_data"),
         ("image_text_siglip", "load_data"),
         ("debian_dependencies", "read_available"),
@@ -151,123 +151,170 @@ def test_a_second_run_in_the_workdir_is_refused(name, first_step, tmp_path, monk
 
 @pytest.fixture(scope="module")
 def yeast():
-    return load("multilabel_yeast")
+    """The example, whose rivals are fitted once."""
+    example = load("multilabel_yeast")
+    scores = example.rival_scores(*example.load_yeast()[:3])
+    example.rival_scores = lambda *_: scores
+    return example
 
 
 @pytest.fixture(scope="module")
 def two_epochs(yeast, tmp_path_factory):
-    """The workdir of a finished run, to copy."""
+    """The workdir of a finished run, to copy, and its metrics."""
     workdir = tmp_path_factory.mktemp("yeast")
-    yeast.main(["--workdir", str(workdir), "--epochs", "2"])
-    return workdir
+    return workdir, yeast.main(["--workdir", str(workdir), "--epochs", "2"])
 
 
-def test_multilabel_yeast_resumes_exactly(yeast, two_epochs, tmp_path, monkeypatch, capsys):
-    """Also after a crash between the log and the checkpoint of an epoch."""
-
-    def run(workdir, *options):
-        return yeast.main(["--workdir", str(tmp_path / workdir), "--epochs", "4", *options])
-
-    whole = run("whole")
-    log = (tmp_path / "whole" / "metrics.jsonl").read_text()
-    assert [json.loads(line)["epoch"] for line in log.splitlines()] == [1, 2, 3, 4]
-    assert (tmp_path / "whole" / "yeast.png").stat().st_size > 10_000
-    assert whole["micro_f1"] > 0.5
-    assert "label frequencies" in capsys.readouterr().out
-
-    shutil.copytree(two_epochs, tmp_path / "parts")
-    with monkeypatch.context() as patch:
-        patch.setattr(yeast.ocp.CheckpointManager, "save", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            run("parts", "--resume")
-    assert (tmp_path / "parts" / "metrics.jsonl").read_text() == "".join(log.splitlines(True)[:3])
-    assert run("parts", "--resume") == whole
-    assert (tmp_path / "parts" / "metrics.jsonl").read_text() == log
+@pytest.fixture
+def finished(two_epochs, tmp_path):
+    return shutil.copytree(two_epochs[0], tmp_path / "run")
 
 
-@pytest.mark.parametrize("length", [1, 30, None], ids=["one byte", "a part", "a whole line"])
-def test_multilabel_yeast_drops_the_line_of_an_epoch_not_saved(
-    yeast, two_epochs, tmp_path, monkeypatch, length
+def checkpoint(yeast, workdir):
+    """Every array and the log of the last checkpoint."""
+    data = yeast.load_yeast()
+    run = yeast.Run(data[0], data[1], 0)
+    with yeast.ocp.CheckpointManager(workdir / "checkpoints") as checkpoints:
+        yeast.restore(run, checkpoints)
+    leaves = jax.tree.leaves(run.state())
+    keys = [jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
+    arrays = [
+        np.asarray(jax.random.key_data(leaf) if key else leaf)
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    return arrays, run.log
+
+
+def files(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def test_multilabel_yeast_states_the_figures_of_its_rivals(yeast):
+    """In its table, beside those of a whole run."""
+    test_labels = yeast.load_yeast()[3]
+    rivals = yeast.rival_scores()
+    results = [yeast.evaluate(test_labels, scores) for scores in rivals.values()]
+    for metric in results[0]:
+        (row,) = re.findall(rf"^ +{metric} +(.*)$", yeast.__doc__, re.MULTILINE)
+        stated = [float(figure) for figure in row.split()[2:]]
+        # Another scikit-learn or another machine grows slightly different trees.
+        np.testing.assert_allclose(stated, [result[metric] for result in results], atol=3e-3)
+
+
+def test_multilabel_yeast_reaches_its_figures_after_two_epochs(two_epochs):
+    """The same on jax 0.8 and 0.12; the seed moves them by 0.002."""
+    workdir, metrics = two_epochs
+    assert metrics == pytest.approx(
+        {
+            "Hamming loss": 0.2106,
+            "micro-F1": 0.5906,
+            "macro-F1": 0.2792,
+            "ranking loss": 0.1787,
+            "LRAP": 0.7448,
+            "mAP": 0.4508,
+        },
+        abs=0.002,
+    )
+    assert (workdir / "yeast.png").stat().st_size > 10_000
+
+
+def test_multilabel_yeast_resumes_exactly(yeast, finished, tmp_path):
+    whole = yeast.main(["--workdir", str(tmp_path / "whole"), "--epochs", "4"])
+    assert yeast.main(["--workdir", str(finished), "--epochs", "4", "--resume"]) == whole
+    (arrays, log), (expected, expected_log) = (
+        checkpoint(yeast, workdir) for workdir in (finished, tmp_path / "whole")
+    )
+    jax.tree.map(np.testing.assert_array_equal, arrays, expected)
+    assert log == expected_log
+    assert len(log["validation loss"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "epoch"),
+    [
+        ("example", "load_yeast", 0),
+        ("example", "train_step", 1),
+        ("orbax", "save", 1),
+        ("example", "evaluate", 3),
+    ],
+    ids=["before training", "in an epoch", "while saving", "after training"],
+)
+def test_multilabel_yeast_stops_with_one_line(
+    yeast, tmp_path, monkeypatch, capsys, owner, name, epoch
 ):
-    workdir = tmp_path / "run"
-    shutil.copytree(two_epochs, workdir)
-    log = workdir / "metrics.jsonl"
-    lines = log.read_text().splitlines(True)
-    log.write_text("".join([*lines, lines[1].replace('"epoch": 2', '"epoch": 3')[:length]]))
-    monkeypatch.setattr(yeast.Trainer, "train_epoch", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        yeast.main(["--workdir", str(workdir), "--resume"])
-    assert log.read_text() == "".join(lines)
+    """On Ctrl-C. The epoch it is in is finished and saved; --resume goes on from there."""
+    place = yeast if owner == "example" else yeast.ocp.CheckpointManager
+    original = getattr(place, name)
 
+    def with_interrupt(*args, **options):
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGINT)
+        return original(*args, **options)
 
-BROKEN_LOGS = {
-    "missing": (None, "it is missing"),
-    "empty": (lambda lines: [], r"it has 0 line\(s\)"),
-    "shortened": (lambda lines: lines[:1], r"it has 1 line\(s\)"),
-    "two lines too many": (lambda lines: lines * 2, r"it has 4 line\(s\)"),
-    "no JSON": (lambda lines: ["{", lines[1]], "its line 1 is '{'"),
-    "no record": (lambda lines: ["[1]", lines[1]], r"its line 1 is '\[1\]'"),
-    "no loss": (lambda lines: ['{"epoch": 1}', lines[1]], "its line 1 is"),
-    "wrong order": (lambda lines: lines[::-1], """its line 1 is '{"epoch": 2"""),
-    "one epoch twice": (lambda lines: [*lines, lines[1]], """its line 3 is '{"epoch": 2"""),
-    "another seed": (
-        lambda lines: [lines[0].replace('"seed": 0', '"seed": 1'), lines[1]],
-        "its line 1",
-    ),
-    "another run": (lambda lines: [lines[0], lines[1].replace("0.", "1.")], "its line 2"),
-}
-
-
-@pytest.mark.parametrize(("edit", "found"), BROKEN_LOGS.values(), ids=BROKEN_LOGS)
-def test_multilabel_yeast_refuses_a_log_that_does_not_fit(yeast, two_epochs, tmp_path, edit, found):
-    workdir = tmp_path / "run"
-    shutil.copytree(two_epochs, workdir)
-    log = workdir / "metrics.jsonl"
-    if edit is None:
-        log.unlink()
+    options = ["--workdir", str(tmp_path / "run"), "--epochs", "3"]
+    monkeypatch.setattr(place, name, with_interrupt)
+    with pytest.raises(SystemExit, match=r"^130$"):
+        yeast.main(options)
+    lines = capsys.readouterr().err.splitlines()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if epoch == 0:
+        assert lines[-1] == "stopped before epoch 1 was done"
+        assert not (tmp_path / "run").exists()
     else:
-        log.write_text("".join(line + "\n" for line in edit(log.read_text().splitlines())))
-    before = sorted(workdir.rglob("*")), log.exists() and log.read_text()
-    with pytest.raises(SystemExit, match=f"does not fit the checkpoint of epoch 2: {found}"):
-        yeast.main(["--workdir", str(workdir), "--epochs", "3", "--resume"])
-    assert (sorted(workdir.rglob("*")), log.exists() and log.read_text()) == before
+        assert lines[-1] == f"stopped after epoch {epoch}; continue with --resume"
+        yeast.main([*options, "--resume"])
+        assert len(checkpoint(yeast, tmp_path / "run")[1]["training loss"]) == 3
 
 
 @pytest.mark.parametrize(
     ("options", "found"),
     [
-        ("--seed 1", "'seed': 0, .* not .*'seed': 1"),
-        ("--pos-weight", "'pos_weight': False.* not .*'pos_weight': True"),
+        ("--seed 1", "has --seed 0, not 1: give that seed, or run without --resume"),
         ("--epochs 1", "has 2 epochs, more than --epochs 1: give --epochs 2"),
     ],
-    ids=["seed", "pos-weight", "fewer epochs"],
+    ids=["seed", "fewer epochs"],
 )
-def test_multilabel_yeast_refuses_to_resume_another_run(
-    yeast, two_epochs, tmp_path, options, found
-):
-    shutil.copytree(two_epochs, tmp_path / "run")
+def test_multilabel_yeast_refuses_to_resume_another_run(yeast, finished, options, found):
+    """And changes nothing of it."""
+    before = files(finished)
     with pytest.raises(SystemExit, match=found):
-        yeast.main(["--workdir", str(tmp_path / "run"), "--resume", *options.split()])
+        yeast.main(["--workdir", str(finished), "--resume", *options.split()])
+    assert files(finished) == before
 
 
-def test_multilabel_yeast_starts_anew(yeast, two_epochs, tmp_path, monkeypatch):
-    """Without --resume the run that was there goes, log and checkpoints, before the first epoch."""
-    workdir = tmp_path / "run"
-    shutil.copytree(two_epochs, workdir)
-    monkeypatch.setattr(yeast.Trainer, "train_epoch", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        yeast.main(["--workdir", str(workdir)])
-    assert (workdir / "metrics.jsonl").read_text() == ""
-    with pytest.raises(SystemExit, match=r"No checkpoint to resume from in .*: run without"):
-        yeast.main(["--workdir", str(workdir), "--resume"])
+def test_multilabel_yeast_with_nothing_to_resume_leaves_nothing(yeast, tmp_path):
+    with pytest.raises(SystemExit, match=r"No run to resume in .*: run without --resume"):
+        yeast.main(["--workdir", str(tmp_path / "new"), "--resume"])
+    assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("name", ["multilabel_yeast_linen", "equinox_multilabel"])
-def test_a_short_yeast_example_beats_the_label_frequencies(name, capsys):
+def test_multilabel_yeast_says_what_it_replaces(yeast, finished, monkeypatch, capsys):
+    """Before it does: the run that was there goes when the first checkpoint is removed."""
+    said = []
+    delete = yeast.ocp.CheckpointManager.delete
+
+    def record_and_delete(*args):
+        said.append(capsys.readouterr().out)
+        delete(*args)
+
+    monkeypatch.setattr(yeast.ocp.CheckpointManager, "delete", record_and_delete)
+    yeast.main(["--workdir", str(finished), "--epochs", "1"])
+    assert said == [f"Replaces the run of 2 epochs in {finished}; --resume continues one.\n"]
+    assert len(checkpoint(yeast, finished)[1]["training loss"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("multilabel_yeast_linen", {"Hamming loss": 0.2036, "micro-F1": 0.6205, "mAP": 0.4611}),
+        ("equinox_multilabel", {"Hamming loss": 0.1982, "micro-F1": 0.6357, "mAP": 0.4699}),
+    ],
+    ids=["Linen", "Equinox"],
+)
+def test_a_short_yeast_example_reaches_its_figures_after_four_epochs(name, expected, capsys):
     example = load(name)
     metrics = example.main(["--epochs", "4", "--seed", "1"])
-    assert metrics["micro-F1"] > 0.55
-    assert metrics["mAP"] > 0.4
+    assert metrics == pytest.approx(expected, abs=0.002)
     assert example.main(["--epochs", "4", "--seed", "1"]) == metrics
     assert "label frequencies" in capsys.readouterr().out
 

@@ -30,8 +30,8 @@ all labels, and at 0.5.
     windows, SVM         0.985          0.977           0.933           0.932              43 s
 
 Speed: after 4 of 24 epochs the four losses are as far as each other. End: they end alike too, for
-the ranges of their seeds overlap. At 0.5 asymmetric loss loses two points of
-F1, for its outputs are scores and not probabilities.
+the ranges of their seeds overlap. At 0.5 asymmetric loss loses two points of F1, for its outputs
+are scores and not probabilities.
 
 The rival is a support vector machine for each digit. It sees how near any window of an image comes
 to each of 800 typical windows, which k-means finds among the dark ones of the training part.
@@ -103,8 +103,6 @@ def settings(rates: Sequence[float], *options: dict[str, Any]) -> list[Setting]:
     return [Setting(*parts) for parts in itertools.product(rates, (False, True), options)]
 
 
-RIVAL, SHOWN = "windows, SVM", ("BCE", "asymmetric")
-
 # What --search compares, twelve for each loss.
 SEARCHED = {
     "BCE": settings((6e-4, 1.2e-3, 2.5e-3, 5e-3, 1e-2, 2e-2), {}),
@@ -124,6 +122,8 @@ CHOSEN = {
     "focal": Setting(2.5e-3, True, {"gamma": 2.0, "alpha": 0.75}),
     "asymmetric": Setting(5e-3, False, {"gamma_neg": 4.0, "gamma_pos": 1.0, "clip": 0.05}),
 }
+RIVAL, SHOWN = "windows, SVM", ("BCE", "asymmetric")
+COLORS = dict(zip(SEARCHED, ("tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True))
 
 
 class Split(NamedTuple):
@@ -177,9 +177,6 @@ def windows(images: jax.Array, size: int, stride: int = 1) -> jax.Array:
         for top, left in itertools.product(range(size), repeat=2)
     ]
     return jnp.concatenate(seen, axis=-1)
-
-
-COLORS = dict(zip(SEARCHED, ("tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True))
 
 
 class Network(nnx.Module):

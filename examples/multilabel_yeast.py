@@ -85,6 +85,9 @@ def loss_of(networks: Classifier, features: Array, labels: Array) -> Array:
     return jaxbce.bce_with_logits(logits, labels, label_smoothing=SMOOTHING)
 
 
+validate = nnx.jit(loss_of)
+
+
 @nnx.jit
 def train_step(networks: Classifier, optimizer: Optimizer, features: Array, labels: Array) -> Array:
     loss: Array
@@ -140,7 +143,7 @@ class Run:
         losses = [train_step(self.networks, self.optimizer, *self.batch(b)) for b in batches]
         self.log["training loss"].append(float(jnp.stack(losses).mean()))
         self.networks.set_attributes(deterministic=True)
-        validation_loss = nnx.jit(loss_of)(self.networks, *self.batch(self.held_out))
+        validation_loss = validate(self.networks, *self.batch(self.held_out))
         self.networks.set_attributes(deterministic=False)
         self.log["validation loss"].append(float(validation_loss))
 

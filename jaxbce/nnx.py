@@ -127,16 +127,14 @@ class MultiLabelHead(nnx.Module):
 
         def new_kernel(key: jax.Array) -> jax.Array:
             kernel: jax.Array = kernel_init(key, (in_features, num_labels), param_dtype)
-            kernel = jnp.pad(kernel, [(0, 0), (0, padding)])
+            kernel = _padded(kernel, padding)
             return kernel.T if transpose_kernel else kernel
 
         names = (label_axis, None) if transpose_kernel else (None, label_axis)
         self.kernel: nnx.Param[jax.Array] = created(new_kernel, names, rngs.params())
         rate = _rate(prior, num_labels, param_dtype)
         self.bias: nnx.Param[jax.Array] | None = (
-            created(
-                lambda: jnp.pad(_bias(rate, num_labels, param_dtype), (0, padding)), (label_axis,)
-            )
+            created(lambda: _padded(_bias(rate, num_labels, param_dtype), padding), (label_axis,))
             if use_bias
             else None
         )
@@ -300,10 +298,7 @@ class MultiLabelHead(nnx.Module):
                 f"encoder(*inputs), got {type(encoder).__name__}; call another method in the "
                 "__call__ of a module that holds it"
             )
-        shared = [
-            node for _, node in nnx.iter_graph(encoder) if node is self.kernel or node is self.bias
-        ]
-        if shared:
+        if any(node is self.kernel or node is self.bias for _, node in nnx.iter_graph(encoder)):
             raise ValueError(
                 "MultiLabelHead: encoder must have parameters of its own, got one that holds the "
                 "kernel or bias of the head; train a shared table with MultiLabelHead.loss and one "
@@ -362,8 +357,7 @@ class MultiLabelHead(nnx.Module):
                     f"MultiLabelHead: {argument} must have shape (..., {labels}), got "
                     f"{values.shape}"
                 )
-            widths = [(0, 0)] * (values.ndim - 1) + [(0, padding)]
-            return jnp.pad(values, widths, constant_values=np.asarray(fill, values.dtype))
+            return _padded(values, padding, fill)
 
         filled = {
             name: padded(name, values, 0 if name == "labels" else 1)
@@ -423,6 +417,14 @@ class _OfHead:
     def update(self, slopes: dict[str, Any], state: Any, params: dict[str, Any]) -> Any:
         updates, state = self.tx.update(self._own(slopes), state, self._own(params))
         return jax.tree.map(jnp.zeros_like, slopes) | dict(updates), state
+
+
+def _padded(array: jax.Array, padding: int, fill: int = 0) -> jax.Array:
+    """With so many entries more on its last axis; without any it is not copied."""
+    if not padding:
+        return array
+    widths = [(0, 0)] * (array.ndim - 1) + [(0, padding)]
+    return jnp.pad(array, widths, constant_values=np.asarray(fill, array.dtype))
 
 
 def _is_plain(variable: nnx.Variable[Any]) -> bool:

@@ -657,7 +657,7 @@ def test_top_labels_without_a_bias_are_no_padding():
 
 PADDED_ERRORS = {
     "labels": (lambda head: head.loss(features(), labels=np.zeros((6, 40))), r"\(\.\.\., 37\)"),
-    "per_label": (
+    "pos_weight": (
         lambda head: head.loss(features(), positives=POSITIVES, pos_weight=np.ones(40)),
         r"pos_weight must have shape \(\.\.\., 37\), got \(40,\)",
     ),

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from test_docs import ROOT, blocks
+from test_docs import ROOT, blocks, run
 
 from jaxbce.nnx import MultiLabelHead
 
@@ -27,10 +27,8 @@ TABLES = pytest.mark.parametrize("table", [False, True], ids=["kernel", "table"]
 @pytest.fixture(scope="module")
 def page():
     """What the first block of the page defines: `save` and `restore` are what a reader copies."""
-    names = {"__name__": "page"}
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        exec(blocks("python", (ROOT / "docs/how-to/saving.md").read_text())[0], names)
-    return types.SimpleNamespace(**names)
+    first, *_ = blocks("python", (ROOT / "docs/how-to/saving.md").read_text())
+    return types.SimpleNamespace(**run(first))
 
 
 def mesh_of(devices, kind=AxisType.Auto):

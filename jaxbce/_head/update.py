@@ -141,7 +141,7 @@ def linear_update(
       >>> print(jnp.sign(step.params["bias"]))
       [ 0. -1. -1. -1.  1.]
 
-    Source: the heads of Jain et al. 2023, "Renee", and of Lin et al. 2025, "ELMO", for any
+    Source: the heads of Jain et al. 2023, "Renee", and of Zhang et al. 2025, "ELMO", for any
     elementwise loss and optimizer; the rounding is that of Gupta et al. 2015.
     """
     name = "linear_update"

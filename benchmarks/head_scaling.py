@@ -6,20 +6,25 @@ gradient and the optimizer apart. With SGD a v5e holds twice the labels by `line
 that it holds with a gradient. Of value and gradients alone, 2^26 labels fit 64 chips.
 
     pip install "jax[tpu]" optax matplotlib
-    python benchmarks/head_scaling.py [cpu] [tpu] [limits] [plot] [h100]
+    python benchmarks/head_scaling.py [cpu] [tpu] [limits] [plot] [h100] [amazon]
 
 `cpu`: batch 256, width 128, float32; memory by the compiler, the time measured. `tpu`: batch 1024,
 width 768, bfloat16; no TPU is needed, its compiler runs on any machine and reports what the program
 will hold. `limits` searches what a v5e holds. Without arguments: these and the plot. `h100`: as
-`tpu`, for `update`, by the compiler of `pip install "jax[cuda12]"`, with no GPU either. Writes
-benchmarks/results/head_scaling.json and docs/head.png.
+`tpu`, for `update`, by the compiler of `pip install "jax[cuda12]"`, with no GPU either. `amazon`:
+a step of SGD with a kernel of the size of Amazon-3M in bfloat16 and in float8, rounded at random.
+It measures the peak memory and the time of a process on the CPU (5 GB), and asks the compiler of a
+v5e. Writes benchmarks/results/head_scaling.json and docs/head.png.
 """
 
 import bisect
 import functools
 import json
 import pathlib
+import resource
+import subprocess
 import sys
+import time
 
 import compilers  # which also tells JAX and libtpu that no device is here
 import head
@@ -42,6 +47,8 @@ CPU_LIMIT = 8e9  # bytes of temporaries beyond which a step is not run
 CELLS = 2**23  # logits of a chunk for which `chunk_size=None` aims on a TPU
 HBM = 63 * 2**28  # bytes of a v5e
 FLOOR = 1e6  # what is drawn for less: on the TPU a chunk may stay in on-chip memory
+AMAZON_3M = 128, 768, 2_812_281  # batch, width, labels, as the papers train
+SGD = optax.sgd(1e-3)
 COLORS = {"dense": "C1", "chunked": "C0", "update": "C2"}
 STYLES = {"tpu": {"marker": "o"}, "cpu": {"marker": "s", "linestyle": (0, (2, 1))}}
 
@@ -195,6 +202,67 @@ def find_limits():
     return limits
 
 
+def amazon_step(dtype, mesh, **options):
+    """A step of SGD for Amazon-3M that donates its parameters, and its arguments."""
+    features, _, _, positives = abstract_operands(*AMAZON_3M, jnp.bfloat16, mesh)
+    _, kernel, _, _ = abstract_operands(*AMAZON_3M, dtype, mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct((), key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    def step(params, features, positives, key):
+        given = {"positives": positives, "rounding_key": key} | options
+        return jaxbce.linear_update(SGD, features, params, SGD.init(params), **given)[:3]
+
+    return jax.jit(step, donate_argnums=0), ({"kernel": kernel}, features, positives, key)
+
+
+def total_bytes(step, arguments):
+    """What a device holds during a step, by its compiler: arguments, results and temporaries."""
+    memory = step.lower(*arguments).compile().memory_analysis()
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+
+
+def amazon_on_one_chip(dtype):
+    return total_bytes(*amazon_step(dtype, mesh_of("v5e:2x2", 1, 1), chunk_size=2**15))
+
+
+def amazon_on_this_cpu(dtype):
+    """The peak memory of this process, and the time of its third step."""
+    step, arguments = amazon_step(dtype, Mesh(np.array(jax.devices()[:1]), ("all",)))
+    ones = functools.partial(jax.tree.map, lambda array: jnp.ones(array.shape, array.dtype))
+    params, features, positives = ones(arguments[:3])
+    for i in range(3):
+        start = time.perf_counter()
+        _, _, params = jax.block_until_ready(step(params, features, positives, jax.random.key(i)))
+    seconds = time.perf_counter() - start
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"process": peak, "seconds": seconds}
+
+
+def measure_amazon():
+    rows = []
+    for dtype in ("bfloat16", "float8_e4m3fn"):
+        # In a process of its own, because a peak is never forgotten.
+        measured = f"head_scaling.amazon_on_this_cpu({dtype!r})"
+        code = f"import json, head_scaling; print(json.dumps({measured}))"
+        command = [sys.executable, "-c", code]
+        here = pathlib.Path(__file__).parent
+        run = subprocess.run(command, cwd=here, stdout=subprocess.PIPE, text=True, check=True)
+        row = {"dtype": dtype, "v5e": amazon_on_one_chip(dtype)} | json.loads(run.stdout)
+        print(
+            f"Amazon-3M, {dtype}: a process on the CPU {row['process'] / 2**30:.2f} GiB, "
+            f"{row['seconds']:.1f} s a step; a v5e, by its compiler {row['v5e'] / 2**30:.2f} GiB",
+            flush=True,
+        )
+        rows.append(row)
+    return rows
+
+
 def draw_line(axis, points, limit, name, **style):
     """A cross marks the first point beyond the limit, in proportion to the last within it."""
     fits = [point for point in points if point[1] is not None and point[1] <= limit]
@@ -252,7 +320,13 @@ def draw(results):
 def main():
     parts = sys.argv[1:] or ["cpu", "tpu", "limits", "plot"]
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"made": {}}
-    measures = {"cpu": measure_cpu, "tpu": compile_tpu, "limits": find_limits, "h100": compile_h100}
+    measures = {
+        "cpu": measure_cpu,
+        "tpu": compile_tpu,
+        "limits": find_limits,
+        "h100": compile_h100,
+        "amazon": measure_amazon,
+    }
     for name, measure in measures.items():
         if name in parts:
             results[name] = measure()

@@ -83,6 +83,11 @@ def accumulator(*arrays: Any) -> Any:
     return jax.dtypes.canonicalize_dtype(jnp.float64 if wide else jnp.float32)
 
 
+def multiplied_in(dtype: Any) -> Any:
+    """The dtype in which numbers of `dtype` are multiplied: bfloat16 for those of 8 bits."""
+    return jnp.dtype(jnp.bfloat16 if jnp.dtype(dtype).itemsize == 1 else dtype)
+
+
 def over(kernel: Kernel, ndim: int) -> Kernel:
     """`kernel` mapped over `ndim` axes of its inputs."""
     for _ in range(ndim):

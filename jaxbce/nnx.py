@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 import jaxbce
+from jaxbce import _math
 from jaxbce._reduce import Reduction, ScalarReduction
 
 KERNEL_INIT = nnx.initializers.lecun_normal()
@@ -40,7 +41,8 @@ class MultiLabelHead(nnx.Module):
         `jax.nn.sigmoid(jaxbce.prior_bias(labels))`. None starts at 0.
       kernel_init: initialiser of the kernel [D, L], also where that is transposed afterwards.
       dtype: in which features and kernel are multiplied; None promotes theirs.
-      param_dtype: of kernel and bias.
+      param_dtype: of kernel and bias. With a kernel in float8 the bias is in float32, because a
+        log-odds of −9 would be off by up to a half.
       transpose_kernel: True keeps the kernel as a table [L, D], the shape of an `nnx.Embed` of the
         labels, whose table the head can then share.
       chunk_size: number of labels at a time, as in `linear_bce_with_logits`; None chooses.
@@ -125,16 +127,20 @@ class MultiLabelHead(nnx.Module):
         shape = {} if mesh is None else mesh.shape
         padding = -num_labels % math.prod(shape.get(axis, 1) for axis in axes)
 
+        product = _math.multiplied_in(param_dtype)
+        bias_dtype = param_dtype if product == param_dtype else jnp.float32
+
         def new_kernel(key: jax.Array) -> jax.Array:
-            kernel: jax.Array = kernel_init(key, (in_features, num_labels), param_dtype)
-            kernel = _padded(kernel, padding)
+            # JAX draws NaN, or few different numbers, in float8.
+            kernel: jax.Array = kernel_init(key, (in_features, num_labels), product)
+            kernel = _padded(kernel.astype(param_dtype), padding)
             return kernel.T if transpose_kernel else kernel
 
         names = (label_axis, None) if transpose_kernel else (None, label_axis)
         self.kernel: nnx.Param[jax.Array] = created(new_kernel, names, rngs.params())
-        rate = _rate(prior, num_labels, param_dtype)
+        rate = _rate(prior, num_labels, bias_dtype)
         self.bias: nnx.Param[jax.Array] | None = (
-            created(lambda: _padded(_bias(rate, num_labels, param_dtype), padding), (label_axis,))
+            created(lambda: _padded(_bias(rate, num_labels, bias_dtype), padding), (label_axis,))
             if use_bias
             else None
         )
@@ -143,7 +149,7 @@ class MultiLabelHead(nnx.Module):
         """The logits features @ kernel + bias, [..., L]: where there is room for them."""
         features, kernel, bias = self._operands(features)
         dtype = jnp.float64 if features.dtype == jnp.float64 else jnp.float32
-        kernel = kernel.T if self.transpose_kernel else kernel
+        kernel = (kernel.T if self.transpose_kernel else kernel).astype(features.dtype)
         logits = jnp.matmul(features, kernel, preferred_element_type=dtype)
         if bias is not None:
             logits += jnp.expand_dims(bias.astype(dtype), range(logits.ndim - 1))
@@ -380,16 +386,18 @@ class MultiLabelHead(nnx.Module):
         return {name: getattr(self, name) for name in names}
 
     def _operands(self, features: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """Features and kernel in the dtype of their product, and the bias."""
+        """Features in the dtype of the product, a kernel that is no wider, and the bias."""
         features, kernel = self._checked(features), self.kernel[...]
         dtype = self.dtype or self._promoted(features.dtype, kernel.dtype)
         bias = None if self.bias is None else self.bias[...]
-        return features.astype(dtype), kernel.astype(dtype), bias
+        if self._promoted(dtype, kernel.dtype) != dtype:
+            kernel = kernel.astype(dtype)
+        return features.astype(dtype), kernel, bias
 
     @staticmethod
     def _promoted(*dtypes: DTypeLike) -> Any:
         with jax.numpy_dtype_promotion("standard"):  # a user's own setting may refuse it
-            return jnp.promote_types(*dtypes)
+            return jnp.promote_types(*map(_math.multiplied_in, dtypes))
 
     def _checked(self, features: ArrayLike) -> jax.Array:
         features = jnp.asarray(features)

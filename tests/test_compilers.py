@@ -159,12 +159,14 @@ def run_in_benchmarks(code):
         "one_chip(head.chunked(head.FOCAL), 2**20)",
         "step_on_one_chip('update', 2**20)",
         "each_of_64_chips(2**26)",
+        "amazon_on_one_chip('float8_e4m3fn') - 2_812_281 * 768",
     ],
     ids=[
         "2^20 labels on one chip",
         "focal loss of 2^20 labels on one chip",
         "a step of Adam on 2^20 labels on one chip",
         "2^26 labels on 64 chips",
+        "a step on 2,812,281 labels in float8 on one chip, beside its kernel",
     ],
 )
 def test_the_chunked_head_fits(size):

@@ -37,7 +37,7 @@ IMPORTS = {
         *("_checks", "_labels", "_loss", "_losses", "_math", "_placement", "_program", "_reduce"),
     },
     "__init__": {"_debug", "_functions", "_head", "_labels", "_loss", "_losses"},
-    "nnx": {"_reduce"},
+    "nnx": {"_math", "_reduce"},
 }
 
 SECTIONS = ["Use it", "Returns:", "Example:", ">>>", "Source:"]

@@ -891,7 +891,7 @@ ERRORS = {
     "rounding of float32": (
         {"rounding_key": jax.random.key(0)},
         ValueError,
-        "rounding_key is for parameters or state in half precision, got float32",
+        "rounding_key is for parameters or state of less than 32 bits, got float32",
     ),
 }
 

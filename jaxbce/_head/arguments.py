@@ -88,10 +88,9 @@ def prepare_layer(
             f"{name}: kernel must have a number of labels that is known while tracing, got "
             f"{kernel.shape}; only the leading axes of features may be symbolic"
         )
-    dtype = _math.accumulator(features, kernel)
-    if not features.dtype == kernel.dtype == jnp.bfloat16:
-        # Also for float16, in which a gradient divided by rows · labels would be 0.
-        features = features.astype(dtype)
+    half = all(_math.multiplied_in(each.dtype) == jnp.bfloat16 for each in (features, kernel))
+    # Not in float16, in which a gradient divided by rows · labels would be 0.
+    features = features.astype(jnp.bfloat16 if half else _math.accumulator(features, kernel))
     if bias is not None:
         bias = _checks.floating(name, "bias", bias)
         bias = _checks.shaped(name, "bias", bias, (num_labels,), "(labels,)")

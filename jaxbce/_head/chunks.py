@@ -146,9 +146,10 @@ def replaced(elements: dict[str, Any], hidden: jax.Array | None) -> dict[str, An
 def gradient_dtype(operand: jax.Array) -> Any:
     """The dtype in which a gradient waits for its cotangent.
 
-    Under a loss scale most of a gradient would be 0 in float16 before it is multiplied.
+    Under a loss scale most of a gradient would be 0 in float16 or float8 before it is multiplied.
     """
-    return _math.accumulator(operand) if operand.dtype == jnp.float16 else operand.dtype
+    short = jnp.finfo(operand.dtype).minexp > jnp.finfo(jnp.float32).minexp
+    return _math.accumulator(operand) if short else operand.dtype
 
 
 def without_nan(kernel: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
@@ -192,14 +193,18 @@ def chunk_pass(
     start: jax.Array | int,
     size: int,
     due: jax.Array | None = None,
+    layer: dict[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, Gradients]:
     """What `size` labels from `start` add to the loss of each row, and their gradients.
 
     `first_label` is the id of the label 0 of these operands. The gradients are in the dtype of the
-    arithmetic. Only the labels that are `due` count.
+    arithmetic. Only the labels that are `due` count. `layer` has the kernel and bias of these
+    labels, if they are not those of the operands.
     """
 
     def part(name: str) -> Any:
+        if layer is not None and name in layer:
+            return layer[name]
         axis = plan.label_axis_of(name)
         return jax.tree.map(lambda a: part_of(a, axis, start, size), getattr(operands, name))
 

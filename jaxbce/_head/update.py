@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +19,9 @@ from jaxbce._head.loss import ChunkLoss, built_in_loss, own_loss
 from jaxbce._head.mesh import Devices, OnMesh
 from jaxbce._loss import Loss
 from jaxbce._reduce import ScalarReduction
+
+# What `round_with` knows. Some of the other formats write NaN as the negative 0.
+ROUNDED = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
 
 class Optimizer(Protocol):
@@ -79,8 +83,10 @@ def linear_update(
         when they change.
       features: float array [..., D].
       params: {"kernel": [D, L]} or {"kernel": [D, L], "bias": [L]}; [L, D] with transpose_kernel.
+        A kernel in float8_e4m3fn or float8_e5m2 is multiplied in bfloat16, or in a wider dtype of
+        the features.
       opt_state: optimizer.init(params), or what the last step returned. Each array keeps its dtype:
-        init of parameters in float32 is a state in float32.
+        init of parameters in float32 is a state in float32. It cannot be in float8.
       loss: a function of logits, labels and numbers per label, as in `linear_loss`; None is that of
         `linear_bce_with_logits`.
       positives: integer array [..., P] of label ids, padded with -1. Exactly one of positives and
@@ -96,8 +102,9 @@ def linear_update(
       transpose_kernel: True for a kernel [L, D]; so are its moments.
       chunk_size: number of labels at a time; None chooses.
       rounding_key: a key of `jax.random`, another one for each step. Parameters and state in half
-        precision are then rounded up or down at random, so that the expected value is exact and a
-        small step is not always lost. None rounds to the nearest.
+        precision, and parameters in float8, are then rounded up or down at random, so that the
+        expected value is exact and a small step is not always lost. None rounds to the nearest:
+        float8 then loses most steps.
       mesh: devices to share the work; None uses one.
       batch_axis: axis of the mesh, or a tuple, over which the rows are sharded; None replicates
         them.
@@ -110,16 +117,18 @@ def linear_update(
 
     Raises:
       TypeError: optimizer has no init and update, its update needs more than gradients, state and
-        parameters, params is not such a dict, an array is of the wrong dtype, or as `linear_loss`.
+        parameters, params is not such a dict, an array is of the wrong dtype, as state in float8,
+        or as `linear_loss`.
       ValueError: the program of the optimizer does not prove that it treats each label apart in
         every step (clipping by a global norm, factored moments, trust ratios, noise, sorting,
         skipping what is not finite), it depends on the number of labels, or holds a traced value,
         opt_state is not that of the optimizer and params, pos_weight or label_smoothing are given
-        with a loss, rounding_key without parameters or state in half precision, or as
+        with a loss, rounding_key without parameters or state of less than 32 bits, or as
         `linear_loss`.
 
     Edge values: what is masked or has a weight of 0 has no part in the step. Under `rounding_key`
-    NaN and infinities stay, and no finite number becomes infinite.
+    NaN and infinities stay, and no finite number becomes infinite or NaN; float8_e4m3fn has no
+    infinity, so there an infinite number becomes NaN.
 
     Differentiable: no; it is a step, not a loss.
 
@@ -132,7 +141,7 @@ def linear_update(
       >>> print(jnp.sign(step.params["bias"]))
       [ 0. -1. -1. -1.  1.]
 
-    Source: the heads of Jain et al. 2023, "Renee", and of Lin et al. 2025, "ELMO", for any
+    Source: the heads of Jain et al. 2023, "Renee", and of Zhang et al. 2025, "ELMO", for any
     elementwise loss and optimizer; the rounding is that of Gupta et al. 2015.
     """
     name = "linear_update"
@@ -151,9 +160,15 @@ def linear_update(
             "pos_weight"
         )
     layout = optimizers.layout_of(name, optimizer, params, opt_state, transpose_kernel)
+    if short := [leaf for leaf in jax.tree.leaves(opt_state) if _is_narrow(leaf, 2)]:
+        raise TypeError(
+            f"{name}: opt_state must be of 16 bits or more, got {jax.typeof(short[0]).dtype}, in "
+            "which most moments are 0; make it with optimizer.init of parameters in float32, "
+            "jax.tree.map(lambda array: array.astype(jax.numpy.float32), params)"
+        )
     if rounding_key is not None and not any(map(_is_narrow, jax.tree.leaves((params, opt_state)))):
         raise ValueError(
-            f"{name}: rounding_key is for parameters or state in half precision, got "
+            f"{name}: rounding_key is for parameters or state of less than 32 bits, got "
             f"{params['kernel'].dtype} and no such state; leave it out"
         )
     _check_key(name, rounding_key)
@@ -243,11 +258,23 @@ def _update(
         )
 
     state, others = layout.split(opt_state)
-    by_label = ByLabel((params, state), (axes, [axis for axis in layout.axes if axis is not None]))
+    by_label = ByLabel(
+        arrays=(params, state),
+        axes=(axes, [axis for axis in layout.axes if axis is not None]),
+        dtypes=jax.tree.map(lambda array: array.dtype, (params, state)),
+    )
 
-    def local(operands: chunks.Operands, arrays: Any, others: Any, key: Any) -> Any:
+    def by_values(operands: chunks.Operands, arrays: Any, others: Any, key: Any) -> Any:
         return update_pass(plan, new_parts, operands, by_label._replace(arrays=arrays), others, key)
 
+    def by_bits(operands: chunks.Operands, arrays: Any, others: Any, key: Any) -> Any:
+        *sums, arrays, others = by_values(operands, jax.tree.map(_bits, arrays), others, key)
+        return *sums, jax.tree.map(_with_bits, arrays, by_label.dtypes), others
+
+    local = by_values
+    if any(_is_narrow(array, 2) for array in params.values()):
+        # XLA on a CPU would convert all of the kernel to float16 and back for each chunk.
+        local = functools.partial(jax.lax.platform_dependent, cpu=by_bits, default=by_values)
     if isinstance(plan, OnMesh):
         specs = plan.specs()
         placed = jax.tree.map(plan.spec_of_labels, by_label.arrays, by_label.axes)
@@ -277,9 +304,10 @@ def _check_key(name: str, key: Any) -> None:
         ) from error
 
 
-def _is_narrow(array: Any) -> bool:
+def _is_narrow(array: Any, wide: int = 4) -> bool:
+    """Whether an array is of floats of less than `wide` bytes."""
     dtype = jax.typeof(array).dtype
-    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < wide
 
 
 def _key(key: jax.Array | None, i: jax.Array | int) -> jax.Array | None:
@@ -298,6 +326,11 @@ def _rounded(new: Any, old: Any, key: jax.Array | None) -> Any:
             )
         if key is None or not _is_narrow(like):
             return values.astype(like.dtype)
+        if like.dtype.name not in ROUNDED:
+            raise TypeError(
+                f"linear_update: rounding_key rounds to {', '.join(ROUNDED)}, got parameters or "
+                f"state in {like.dtype}; use one of these"
+            )
         if values.dtype == like.dtype and values.ndim:
             raise ValueError(
                 f"linear_update: rounding_key cannot round state that the optimizer itself rounds "
@@ -348,16 +381,17 @@ class ByLabel(NamedTuple):
 
     arrays: Any
     axes: Any
+    dtypes: Any  # of what is read; the arrays may hold its bits
 
     def read(self, start: jax.Array | int, size: int) -> Any:
-        def part(array: jax.Array, axis: int) -> jax.Array:
-            return chunks.part_of(array, axis, start, size)
+        def part(array: jax.Array, axis: int, dtype: Any) -> jax.Array:
+            return _with_bits(chunks.part_of(array, axis, start, size), dtype)
 
-        return jax.tree.map(part, self.arrays, self.axes)
+        return jax.tree.map(part, self.arrays, self.axes, self.dtypes)
 
     def written(self, parts: Any, start: jax.Array | int) -> ByLabel:
         def written(array: jax.Array, axis: int, part: jax.Array) -> jax.Array:
-            return chunks.write(array, axis, part, start)
+            return chunks.write(array, axis, _with_bits(part, array.dtype), start)
 
         return self._replace(arrays=jax.tree.map(written, self.arrays, self.axes, parts))
 
@@ -369,6 +403,15 @@ class ByLabel(NamedTuple):
             return jnp.where(jnp.expand_dims(labels, others), new, old)
 
         return jax.tree.map(chosen, new, self.axes, old)
+
+
+def _with_bits(array: jax.Array, dtype: Any) -> jax.Array:
+    return array if array.dtype == dtype else jax.lax.bitcast_convert_type(array, dtype)
+
+
+def _bits(array: jax.Array) -> jax.Array:
+    """An array of float8 as whole numbers."""
+    return _with_bits(array, jnp.uint8) if _is_narrow(array, 2) else array
 
 
 def update_pass(
@@ -394,14 +437,14 @@ def update_pass(
         due = None
         if num_labels % chunk_size:
             due = start + jnp.arange(chunk_size, dtype=jnp.int32) >= first
-        params = by_label.arrays[0]
-        now = operands._replace(kernel=params["kernel"], bias=params.get("bias"))
-        by_row, gradients = chunks.chunk_pass(plan, now, True, first_label, start, chunk_size, due)
+        old = by_label.read(start, chunk_size)
+        by_row, gradients = chunks.chunk_pass(
+            plan, operands, True, first_label, start, chunk_size, due, old[0]
+        )
         of_params = {
             name: plan.total(name, gradients[name]).astype(_math.accumulator(array))
-            for name, array in params.items()
+            for name, array in old[0].items()
         }
-        old = by_label.read(start, chunk_size)
         new, new_others = new_parts(of_params, old, others, key, first_label + start)
         if due is not None:
             new = by_label.chosen(due, new, old)

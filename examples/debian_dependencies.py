@@ -65,13 +65,56 @@ NEEDS = (
 )
 NAMES = "names.json"
 VOCABULARY, TEST_PART, CUTOFFS = 15_000, 5, (1, 3, 5)
-WIDTH, BATCH, LEARNING_RATE, DECAY = 64, 256, 4e-2, 0.1
+WIDTH, BATCH, LEARNING_RATE, DROPPED = 256, 256, 4e-3, 0.3
+EPOCHS = 5
 
 
 Run = dict[str, Any]  # the model and the two optimizers
 State = dict[str, nnx.State[Any, Any]]
 Step = Callable[[Run, jax.Array, jax.Array], jax.Array]  # changes the run, returns its loss
 Results = dict[str, list[list[float]]]  # by way and seed, the precision at each of CUTOFFS
+
+
+class Encoder(nnx.Module):
+    """Word vectors, weighted by tf-idf and summed; then a residual layer."""
+
+    def __init__(self, num_words: int, rngs: nnx.Rngs) -> None:
+        vectors = jax.random.normal(rngs.params(), (num_words + 1, WIDTH)) / WIDTH**0.5
+        self.vectors = nnx.Param(vectors)
+        self.rarity = nnx.Variable(jnp.zeros(num_words + 1))
+        self.norm = nnx.RMSNorm(WIDTH, use_scale=False, rngs=rngs)
+        self.hidden = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+        zeros = nnx.initializers.zeros
+        self.change = nnx.Linear(WIDTH, WIDTH, use_bias=False, kernel_init=zeros, rngs=rngs)
+
+    def bag(self, words: jax.Array) -> jax.Array:
+        """The weights of a row have unit length; the padding has the weight 0."""
+        weights = self.rarity[...][words]
+        total = jnp.einsum("bw,bwd->bd", weights, self.vectors[...][words])
+        return total / jnp.maximum(jnp.linalg.norm(weights, axis=1, keepdims=True), 1e-6)
+
+    def __call__(self, words: jax.Array) -> jax.Array:
+        bag = self.bag(words)
+        return bag + self.change(nnx.gelu(self.hidden(self.norm(bag))))
+
+
+class Classifier(nnx.Module):
+    def __init__(self, num_words: int, num_labels: int, rngs: nnx.Rngs) -> None:
+        self.encoder = Encoder(num_words, rngs)
+        self.head = MultiLabelHead(WIDTH, num_labels, transpose_kernel=True, rngs=rngs)
+
+
+def update_step(run: Run, words: jax.Array, positives: jax.Array) -> jax.Array:
+    """The head steps inside its pass over the labels; its gradients never exist as a whole."""
+    model = run["model"]
+    graph, vectors, *rest = nnx.split(model.encoder, nnx.Param, ...)
+    features, backward = jax.vjp(lambda vectors: nnx.merge(graph, vectors, *rest)(words), vectors)
+    loss: jax.Array
+    loss, slope = model.head.update(
+        run["head optimizer"], features, positives=positives, reduction="batchmean"
+    )
+    run["encoder optimizer"].update(model.encoder, *backward(slope))
+    return loss
 
 
 class Package(NamedTuple):
@@ -88,9 +131,10 @@ class Part(NamedTuple):
 
 
 class Names(NamedTuple):
-    """The seed of a run, and what the rows of its checkpoint stand for."""
+    """What a run is known by, and what the rows of its checkpoint stand for."""
 
     seed: int
+    epochs: int
     words: list[str]
     labels: list[str]
 
@@ -181,45 +225,34 @@ def pad(rows: list[list[str]], names: list[str], fill: int) -> np.ndarray:
     return table
 
 
-class Encoder(nnx.Module):
-    """The sum of the word vectors, weighted by rarity and scaled to unit weight."""
+def start_from_counts(model: Classifier, data: Data) -> None:
+    """Rarity is log(packages / packages with the word), the bias the base rate of a label.
 
-    def __init__(self, num_words: int, rngs: nnx.Rngs) -> None:
-        self.vectors = nnx.Param(jax.random.normal(rngs.params(), (num_words + 1, WIDTH)))
-        self.rarity = nnx.Variable(jnp.zeros(num_words + 1))
-
-    def __call__(self, words: jax.Array) -> jax.Array:
-        weights = self.rarity[...][words]
-        total = jnp.einsum("bw,bwd->bd", weights, self.vectors[...][words])
-        return total / jnp.maximum(jnp.linalg.norm(weights, axis=1, keepdims=True), 1e-6)
-
-
-class Classifier(nnx.Module):
-    def __init__(self, num_words: int, num_labels: int, rngs: nnx.Rngs) -> None:
-        self.encoder = Encoder(num_words, rngs)
-        self.head = MultiLabelHead(WIDTH, num_labels, rngs=rngs)
-
-    def fit_frequencies(self, part: Part) -> None:
-        """The rarity of a word is log(packages / packages with it); that of the padding is 0."""
-        counts = np.bincount(part.words.ravel(), minlength=len(self.encoder.rarity)).clip(1)
-        counts[-1] = len(part.words)
-        self.encoder.rarity[...] = jnp.asarray(np.log(len(part.words) / counts), jnp.float32)
-        num_labels = self.head.num_labels
-        assert self.head.bias is not None
-        self.head.bias[...] = jaxbce.prior_bias(positives=part.positives, num_labels=num_labels)
+    The vector of a label starts as that of the words in its name, plus the mean of the packages
+    that depend on it. A label that occurs once then needs few steps.
+    """
+    words, positives = data.train
+    counts = np.bincount(words.ravel(), minlength=len(data.words) + 1).clip(1)
+    counts[-1] = len(words)
+    model.encoder.rarity[...] = jnp.asarray(np.log(len(words) / counts), jnp.float32)
+    assert model.head.bias is not None
+    num_labels = len(data.labels)
+    model.head.bias[...] = jaxbce.prior_bias(positives=positives, num_labels=num_labels)
+    bag = nnx.jit(lambda model, part: model.encoder.bag(part))
+    features = in_parts(functools.partial(bag, model), words)
+    rows, columns = np.nonzero(positives >= 0)
+    labels = positives[rows, columns]
+    centred = features - features.mean(axis=0)
+    total = jax.ops.segment_sum(jnp.asarray(centred)[rows], labels, num_labels)
+    mean = total / np.bincount(labels, minlength=num_labels)[:, None]
+    names = pad([split_words(label) for label in data.labels], data.words, fill=len(data.words))
+    model.head.kernel[...] = mean + in_parts(functools.partial(bag, model), names)
 
 
-def update_step(run: Run, words: jax.Array, positives: jax.Array) -> jax.Array:
-    """The head steps inside its pass over the labels; its gradients never exist as a whole."""
-    model = run["model"]
-    graph, vectors, *rest = nnx.split(model.encoder, nnx.Param, ...)
-    features, backward = jax.vjp(lambda vectors: nnx.merge(graph, vectors, *rest)(words), vectors)
-    loss: jax.Array
-    loss, slope = model.head.update(
-        run["head optimizer"], features, positives=positives, reduction="batchmean"
-    )
-    run["encoder optimizer"].update(model.encoder, *backward(slope))
-    return loss
+def in_parts(function: Callable[[jax.Array], jax.Array], words: np.ndarray) -> np.ndarray:
+    """The function of all rows, a part at a time."""
+    starts = range(0, len(words), 1024)
+    return np.concatenate([function(jnp.asarray(words[i : i + 1024])) for i in starts])
 
 
 def chunked_loss(model: Classifier, words: jax.Array, positives: jax.Array) -> jax.Array:
@@ -267,16 +300,16 @@ def states(run: Run) -> State:
 class Trainer:
     """A model and its optimizers, trained in one of the WAYS."""
 
-    def __init__(self, data: Data, seed: int, way: str) -> None:
+    def __init__(self, data: Data, seed: int, way: str, epochs: int) -> None:
         self.data = data
         self.seed = seed
         self.way = way
+        self.epochs = epochs
         self.batch = min(BATCH, len(data.train.words))
         self.steps = len(data.train.words) // self.batch
         model = Classifier(len(data.words), len(data.labels), nnx.Rngs(seed))
-        model.fit_frequencies(data.train)
-        # Whatever the number of epochs, so that a resumed run is the same run.
-        adam = optax.adam(optax.exponential_decay(LEARNING_RATE, self.steps, DECAY))
+        start_from_counts(model, data)
+        adam = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, self.steps * epochs))
         self.run: Run = {
             "model": model,
             "encoder optimizer": nnx.Optimizer(model.encoder, adam, wrt=nnx.Param),
@@ -306,17 +339,19 @@ class Trainer:
         held += memory.temp_size_in_bytes - memory.alias_size_in_bytes
         return held / 1e6
 
-    def train_epoch(self, epoch: int, epochs: int) -> float:
-        """Trains one epoch, in an order that only seed and epoch decide; returns its mean loss."""
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.data.train.words))
-        title = f"{self.way}, seed {self.seed}, epoch {epoch}/{epochs}"
+    def train_epoch(self, epoch: int) -> float:
+        """Trains one epoch, whose order and dropped words only seed and epoch decide."""
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(len(self.data.train.words))
+        title = f"{self.way}, seed {self.seed}, epoch {epoch}/{self.epochs}"
         starts = tqdm(range(0, self.steps * self.batch, self.batch), title, disable=None)
         state, losses = states(self.run), []
         for start in starts:
             rows = order[start : start + self.batch]
-            batch = [part[rows] for part in self.data.train]
+            words, positives = (part[rows] for part in self.data.train)
+            words[rng.random(words.shape) < DROPPED] = len(self.data.words)
             started = time.perf_counter()
-            state, loss = self.step(state, *batch)
+            state, loss = self.step(state, words, positives)
             losses.append(float(loss))
             self.seconds.append(time.perf_counter() - started)
         self.set_state(state)
@@ -327,10 +362,7 @@ class Trainer:
     def best_labels(self, words: np.ndarray) -> np.ndarray:
         """The max(CUTOFFS) likeliest labels of each row."""
         k = min(max(CUTOFFS), len(self.data.labels))
-        parts = (words[start : start + 1024] for start in range(0, len(words), 1024))
-        return np.concatenate(
-            [top_labels(self.run["model"], jnp.asarray(part), k)[1] for part in parts]
-        )
+        return in_parts(lambda part: top_labels(self.run["model"], part, k)[1], words)
 
 
 def precisions(best: np.ndarray, positives: np.ndarray) -> list[float]:
@@ -342,6 +374,12 @@ def precisions(best: np.ndarray, positives: np.ndarray) -> list[float]:
 def open_checkpoints(workdir: Path) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
     return ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
+
+
+def saved_epoch(workdir: Path) -> int:
+    """The last epoch of which there is a whole checkpoint; 0 without one."""
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def read_names(workdir: Path) -> Names:
@@ -363,28 +401,25 @@ def restore(checkpoints: ocp.CheckpointManager, target: State) -> State:
 
 def train(data: Data, args: argparse.Namespace) -> Trainer:
     """Trains the first seed up to args.epochs; saves names once and the state every epoch."""
-    seed = args.seeds[0]
-    names = Names(seed, data.words, data.labels)
+    seed, done = args.seeds[0], saved_epoch(args.workdir)
+    names = Names(seed, args.epochs, data.words, data.labels)
     if not args.resume:
-        shutil.rmtree(args.workdir / "checkpoints")
+        if done:
+            print(f"replaces the run in {args.workdir}, saved after epoch {done}", flush=True)
+            shutil.rmtree(args.workdir / "checkpoints")
+            done = 0
         (args.workdir / NAMES).write_text(json.dumps(names._asdict()))
-    trainer = Trainer(data, seed, "head.update")
+    elif read_names(args.workdir) != names:
+        raise SystemExit(
+            f"The run in {args.workdir} is not one of these data, seed {seed} and {args.epochs} "
+            "epochs: run without --resume to start anew."
+        )
+    trainer = Trainer(data, seed, "head.update", args.epochs)
     with open_checkpoints(args.workdir) as checkpoints:
-        done = checkpoints.latest_step() or 0
-        if args.resume:
-            if not done or read_names(args.workdir) != names:
-                raise SystemExit(
-                    f"No run of these data and seed {seed} to resume in {args.workdir}: run "
-                    "without --resume to start anew."
-                )
-            if done > args.epochs:
-                raise SystemExit(
-                    f"The run in {args.workdir} has {done} epochs, more than --epochs "
-                    f"{args.epochs}: give --epochs {done} or more."
-                )
+        if done:
             trainer.set_state(restore(checkpoints, states(trainer.run)))
         for epoch in range(done + 1, args.epochs + 1):
-            trainer.train_epoch(epoch, args.epochs)
+            trainer.train_epoch(epoch)
             parts = {
                 name: ocp.args.StandardSave(part) for name, part in states(trainer.run).items()
             }
@@ -408,9 +443,9 @@ def compare(data: Data, args: argparse.Namespace) -> Results:
             if (way, seed) == (saved.way, saved.seed):
                 trainer = saved
             else:
-                trainer = Trainer(data, seed, way)
+                trainer = Trainer(data, seed, way, args.epochs)
                 for epoch in range(1, args.epochs + 1):
-                    trainer.train_epoch(epoch, args.epochs)
+                    trainer.train_epoch(epoch)
             best = trainer.best_labels(data.test.words)
             results[way].append(precisions(best, data.test.positives))
             seconds += trainer.seconds
@@ -469,14 +504,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--epochs", type=int, default=1, help="epochs in total, with those already done")
+    add("--epochs", type=int, default=EPOCHS, help="epochs in total; they set the schedule")
     seeds = "each decides weights and batches of one run per way; the first one's run is saved"
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help=seeds)
+    add("--seeds", type=int, nargs="+", default=[0], help=seeds)
     add("--workdir", type=Path, default=Path("runs/debian"), help="where the run is written")
     add("--resume", action="store_true", help="continue the run in workdir, bit for bit")
     add("--available", type=Path, help="a file with the output of `apt-cache dumpavail`")
     compare = "also train the same model in two other ways: with gradients, with a dense head"
-    add("--compare", action=argparse.BooleanOptionalAction, default=True, help=compare)
+    add("--compare", action="store_true", help=compare)
     add("--predict", help="print the dependencies of this description; train if there is no run")
     args = parser.parse_args(argv)
     if args.epochs < 1:
@@ -489,12 +524,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> Any:
     """Runs the program; returns what it predicts, or the precisions of the table."""
     args = parse_arguments(argv)
+    try:
+        return train_or_predict(args)
+    except KeyboardInterrupt:
+        done = saved_epoch(args.workdir)
+        hint = f"after epoch {done}; continue with --resume" if done else "before epoch 1 was saved"
+        raise SystemExit(f"stopped {hint}") from None
+
+
+def train_or_predict(args: argparse.Namespace) -> Any:
     started = time.perf_counter()
+    if args.resume and not saved_epoch(args.workdir):
+        raise SystemExit(f"No run to resume in {args.workdir}: run without --resume to start one.")
     with locked(args.workdir):
-        with open_checkpoints(args.workdir) as checkpoints:
-            trained = checkpoints.latest_step() is not None
         result = None
-        if args.predict is None or not trained:
+        if args.predict is None or not saved_epoch(args.workdir):
             result = compare(load(read_available(args.available)), args)
             print(f"{time.perf_counter() - started:.1f} s; see {args.workdir}")
         return result if args.predict is None else predict(args.predict, args.workdir)

@@ -65,11 +65,11 @@ NEEDS = (
 )
 NAMES = "names.json"
 VOCABULARY, TEST_PART, CUTOFFS = 15_000, 5, (1, 3, 5)
-WIDTH, BATCH, LEARNING_RATE, DROPPED = 256, 256, 4e-3, 0.3
-EPOCHS = 5
+WIDTH, BATCH, LEARNING_RATE, DROPPED = 128, 256, 5e-3, 0.25
+MEMBERS, EPOCHS = 6, 3
 
 
-Run = dict[str, Any]  # the model and the two optimizers
+Run = dict[str, Any]  # a model and its two optimizers
 State = dict[str, nnx.State[Any, Any]]
 Step = Callable[[Run, jax.Array, jax.Array], jax.Array]  # changes the run, returns its loss
 Results = dict[str, list[list[float]]]  # by way and seed, the precision at each of CUTOFFS
@@ -287,9 +287,16 @@ WAYS: dict[str, Step] = {
 
 
 @nnx.jit(static_argnames="k")
-def top_labels(model: Classifier, words: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k likeliest dependencies: probabilities and labels."""
-    logits, labels = model.head.top_k(model.encoder(words), k)
+def top_labels(models: list[Classifier], words: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k likeliest dependencies: probabilities and labels.
+
+    The mean of the models' logits is one head on all their features side by side.
+    """
+    features = jnp.concatenate([model.encoder(words) for model in models], axis=1)
+    heads = [model.head for model in models]
+    kernel = jnp.concatenate([head.kernel[...] for head in heads], axis=1) / len(heads)
+    bias = sum(jnp.asarray(head.bias) for head in heads) / len(heads)
+    logits, labels = jaxbce.linear_top_k(features, kernel, bias, k=k, transpose_kernel=True)
     return nnx.sigmoid(logits), labels
 
 
@@ -297,8 +304,13 @@ def states(run: Run) -> State:
     return {name: nnx.state(module) for name, module in run.items()}
 
 
+def set_states(run: Run, state: State) -> None:
+    for name, part in state.items():
+        nnx.update(run[name], part)
+
+
 class Trainer:
-    """A model and its optimizers, trained in one of the WAYS."""
+    """Some models and their optimizers, trained in one of the WAYS."""
 
     def __init__(self, data: Data, seed: int, way: str, epochs: int) -> None:
         self.data = data
@@ -307,15 +319,18 @@ class Trainer:
         self.epochs = epochs
         self.batch = min(BATCH, len(data.train.words))
         self.steps = len(data.train.words) // self.batch
-        model = Classifier(len(data.words), len(data.labels), nnx.Rngs(seed))
-        start_from_counts(model, data)
         adam = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, self.steps * epochs))
-        self.run: Run = {
-            "model": model,
-            "encoder optimizer": nnx.Optimizer(model.encoder, adam, wrt=nnx.Param),
-            "head optimizer": nnx.Optimizer(model.head, adam, wrt=nnx.Param),
-        }
-        graphs = {name: nnx.graphdef(module) for name, module in self.run.items()}
+        rngs = nnx.Rngs(seed)
+        self.members: list[Run] = []
+        for _ in range(MEMBERS):
+            model = Classifier(len(data.words), len(data.labels), rngs)
+            start_from_counts(model, data)
+            optimizers = {
+                f"{name} optimizer": nnx.Optimizer(part, adam, wrt=nnx.Param)
+                for name, part in (("encoder", model.encoder), ("head", model.head))
+            }
+            self.members.append({"model": model, **optimizers})
+        graphs = {name: nnx.graphdef(module) for name, module in self.members[0].items()}
 
         @functools.partial(jax.jit, donate_argnums=0)
         def step(state: State, words: jax.Array, positives: jax.Array) -> tuple[State, jax.Array]:
@@ -324,12 +339,13 @@ class Trainer:
             return states(run), loss
 
         example = (part[: self.batch] for part in data.train)
-        self.step = step.lower(states(self.run), *example).compile()
+        self.step = step.lower(states(self.members[0]), *example).compile()
         self.seconds: list[float] = []
 
-    def set_state(self, state: State) -> None:
-        for name, part in state.items():
-            nnx.update(self.run[name], part)
+    def everything(self) -> Run:
+        """All members, by names of their own."""
+        members = enumerate(self.members)
+        return {f"{name} {i}": part for i, member in members for name, part in member.items()}
 
     def megabytes(self) -> float:
         """What a step holds at its peak, state and batch included, according to the compiler."""
@@ -345,16 +361,18 @@ class Trainer:
         order = rng.permutation(len(self.data.train.words))
         title = f"{self.way}, seed {self.seed}, epoch {epoch}/{self.epochs}"
         starts = tqdm(range(0, self.steps * self.batch, self.batch), title, disable=None)
-        state, losses = states(self.run), []
+        members, losses = [states(member) for member in self.members], []
         for start in starts:
             rows = order[start : start + self.batch]
             words, positives = (part[rows] for part in self.data.train)
-            words[rng.random(words.shape) < DROPPED] = len(self.data.words)
-            started = time.perf_counter()
-            state, loss = self.step(state, words, positives)
-            losses.append(float(loss))
-            self.seconds.append(time.perf_counter() - started)
-        self.set_state(state)
+            for i, state in enumerate(members):
+                kept = np.where(rng.random(words.shape) < DROPPED, len(self.data.words), words)
+                started = time.perf_counter()
+                members[i], loss = self.step(state, kept, positives)
+                losses.append(float(loss))
+                self.seconds.append(time.perf_counter() - started)
+        for member, state in zip(self.members, members, strict=True):
+            set_states(member, state)
         mean = float(np.mean(losses))
         print(f"{title}: loss {mean:.3f}", flush=True)
         return mean
@@ -362,7 +380,8 @@ class Trainer:
     def best_labels(self, words: np.ndarray) -> np.ndarray:
         """The max(CUTOFFS) likeliest labels of each row."""
         k = min(max(CUTOFFS), len(self.data.labels))
-        return in_parts(lambda part: top_labels(self.run["model"], part, k)[1], words)
+        models = [member["model"] for member in self.members]
+        return in_parts(lambda part: top_labels(models, part, k)[1], words)
 
 
 def precisions(best: np.ndarray, positives: np.ndarray) -> list[float]:
@@ -415,14 +434,13 @@ def train(data: Data, args: argparse.Namespace) -> Trainer:
             "epochs: run without --resume to start anew."
         )
     trainer = Trainer(data, seed, "head.update", args.epochs)
+    everything = trainer.everything()
     with open_checkpoints(args.workdir) as checkpoints:
         if done:
-            trainer.set_state(restore(checkpoints, states(trainer.run)))
+            set_states(everything, restore(checkpoints, states(everything)))
         for epoch in range(done + 1, args.epochs + 1):
             trainer.train_epoch(epoch)
-            parts = {
-                name: ocp.args.StandardSave(part) for name, part in states(trainer.run).items()
-            }
+            parts = {name: ocp.args.StandardSave(part) for name, part in states(everything).items()}
             checkpoints.save(epoch, args=ocp.args.Composite(**parts))
     return trainer
 
@@ -474,10 +492,11 @@ def predict(description: str, workdir: Path) -> list[tuple[str, float]]:
     known = pad([split_words(description)], words, fill=len(words))
     if not known.size:
         raise SystemExit(f"No word of {description!r} is in the vocabulary.")
-    model = Classifier(len(words), len(labels), nnx.Rngs(0))
+    models = [Classifier(len(words), len(labels), nnx.Rngs(0)) for _ in range(MEMBERS)]
+    everything: Run = {f"model {i}": model for i, model in enumerate(models)}
     with open_checkpoints(workdir) as checkpoints:
-        nnx.update(model, restore(checkpoints, {"model": nnx.state(model)})["model"])
-    probabilities, ids = top_labels(model, jnp.asarray(known), min(10, len(labels)))
+        set_states(everything, restore(checkpoints, states(everything)))
+    probabilities, ids = top_labels(models, jnp.asarray(known), min(10, len(labels)))
     best = [(labels[i], float(p)) for i, p in zip(ids[0], probabilities[0], strict=True)]
     for name, probability in best:
         print(f"{probability:>8.1%}  {name}")

@@ -145,7 +145,7 @@ def test_a_second_run_in_the_workdir_is_refused(name, first_step, tmp_path, monk
 
     for _ in range(2):
         monkeypatch.setattr(example, first_step, start_a_second_run)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises((KeyboardInterrupt, SystemExit), match=r"^$|^stopped"):
             example.main(["--workdir", str(tmp_path)])
 
 
@@ -345,66 +345,101 @@ def test_debian_dependencies_are_parsed_and_split_by_source():
 
 
 def saved_model(debian, workdir, epoch):
-    parts = debian.ocp.args.Composite(model=debian.ocp.args.StandardRestore())
+    names = [f"model {i}" for i in range(debian.MEMBERS)]
+    parts = debian.ocp.args.Composite(**dict.fromkeys(names, debian.ocp.args.StandardRestore()))
     with debian.open_checkpoints(workdir) as checkpoints:
-        return checkpoints.restore(epoch, args=parts)["model"]
+        restored = checkpoints.restore(epoch, args=parts)
+    return [restored[name] for name in names]
 
 
-def test_debian_dependencies_resumes_exactly_and_predicts(tmp_path, capsys):
-    debian = load("debian_dependencies")
+@pytest.fixture
+def debian(tmp_path):
+    """The example and its run on few packages, in a folder of tmp_path."""
+    example = load("debian_dependencies")
     (tmp_path / "available").write_text(available())
 
     def run(workdir, *options):
         where = ("--workdir", str(tmp_path / workdir), "--available", str(tmp_path / "available"))
-        return debian.main([*where, *options])
+        return example.main([*where, "--seeds", "1", "--epochs", "3", *options])
 
-    seed = ("--seeds", "1")
-    whole = run("whole", *seed, "--epochs", "3")
+    return example, run
+
+
+def interrupt_in_epoch(debian, monkeypatch, epoch):
+    train_epoch = debian.Trainer.train_epoch
+
+    def interrupted(trainer, this):
+        if this == epoch:
+            raise KeyboardInterrupt
+        return train_epoch(trainer, this)
+
+    monkeypatch.setattr(debian.Trainer, "train_epoch", interrupted)
+
+
+def test_debian_dependencies_resumes_exactly_and_predicts(debian, tmp_path, monkeypatch, capsys):
+    example, run = debian
+    whole = run("whole", "--compare")
     assert whole["head.update"] == whole["chunked loss"] == whole["dense optax head"]
-    run("parts", *seed, "--epochs", "1", "--no-compare")
-    resumed = run("parts", *seed, "--epochs", "3", "--no-compare", "--resume")
+    with monkeypatch.context() as patch:
+        interrupt_in_epoch(example, patch, 2)
+        with pytest.raises(SystemExit, match=r"^stopped after epoch 1; continue with --resume$"):
+            run("parts")
+    resumed = run("parts", "--resume")
     assert resumed == {name: whole[name] for name in ("label frequencies", "head.update")}
-    weights = [saved_model(debian, tmp_path / workdir, 3) for workdir in ("whole", "parts")]
+    weights = [saved_model(example, tmp_path / workdir, 3) for workdir in ("whole", "parts")]
     jax.tree.map(np.testing.assert_array_equal, *weights)
     question = ("--predict", "a web server")
     best = run("whole", *question)
     assert run("parts", *question) == best
     assert {name for name, _ in best[:2]} == {"base", "libweb"}
     assert "label frequencies" in capsys.readouterr().out
-    assert run("new", *seed, "--epochs", "3", "--no-compare", *question) == best
-    with pytest.raises(SystemExit, match="has 3 epochs, more than --epochs 1: give --epochs 3"):
-        run("parts", *seed, "--resume")
+    assert run("new", *question) == best
+    for options in (("--epochs", "2"), ("--seeds", "0")):
+        with pytest.raises(SystemExit, match=r"is not one of these data.*without --resume"):
+            run("parts", "--resume", *options)
     (tmp_path / "parts" / "names.json").write_text("{")
-    for options in (question, (*seed, "--epochs", "3", "--resume")):
+    for option in (question, ("--resume",)):
         with pytest.raises(SystemExit, match=r"names.json is missing or broken .*without --resume"):
-            run("parts", *options)
+            run("parts", *option)
+
+
+def test_debian_dependencies_says_what_it_replaces(debian, monkeypatch, capsys):
+    example, run = debian
+    run("run")
+    assert "replaces" not in capsys.readouterr().out
+    interrupt_in_epoch(example, monkeypatch, 1)
+    with pytest.raises(SystemExit, match=r"^stopped before epoch 1 was saved$"):
+        run("run")
+    assert re.search(r"replaces the run in .*run, saved after epoch 3", capsys.readouterr().out)
 
 
 def test_debian_dependencies_trains_the_same_in_every_way_with_less_memory():
     debian = load("debian_dependencies")
+    debian.MEMBERS = 1
     rng = np.random.default_rng(0)
     names = [str(i) for i in range(20_000)]
-    words, positives = (rng.integers(0, len(names), (debian.BATCH * 2, 8)) for _ in range(2))
+    # Every label occurs, as those of a training part do.
+    positives = np.resize(rng.permutation(len(names)), (len(names) // 8, 8))
+    words = rng.integers(0, len(names), positives.shape)
     part = debian.Part(words.astype(np.int32), positives.astype(np.int32))
-    runs = [debian.Trainer(debian.Data(names, names, part, part), 0, way) for way in debian.WAYS]
+    data = debian.Data(names, names, part, part)
+    runs = [debian.Trainer(data, 0, way, 2) for way in debian.WAYS]
     update, chunked, dense = (run.megabytes() for run in runs)
-    assert update + 5 < chunked  # the gradient of the head is 5.2 MB
+    assert update + 10 < chunked  # the gradient of the head is 10.2 MB
     assert chunked + 20 < dense  # the logits are 20.5 MB
-    losses = [[run.train_epoch(epoch, 2) for epoch in (1, 2)] for run in runs]
+    losses = [[run.train_epoch(epoch) for epoch in (1, 2)] for run in runs]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
     np.testing.assert_allclose(losses[0], losses[2], rtol=1e-5)
 
 
 def test_debian_dependencies_says_what_it_needs(tmp_path, monkeypatch):
     debian = load("debian_dependencies")
+    with pytest.raises(SystemExit, match=r"No run to resume in .*without --resume"):
+        debian.main(["--workdir", str(tmp_path / "new"), "--resume"])
+    assert not list(tmp_path.iterdir())
     monkeypatch.setenv("PATH", "")
     with pytest.raises(SystemExit, match="needs the package lists of a Debian or Ubuntu machine"):
         debian.main(["--workdir", str(tmp_path)])
-    (tmp_path / "available").write_text(available())
-    with pytest.raises(SystemExit, match=r"No run of these data and seed 0 .*without --resume"):
-        debian.main(
-            ["--workdir", str(tmp_path), "--available", str(tmp_path / "available"), "--resume"]
-        )
 
 
 def test_multilabel_digits_compares_four_losses(tmp_path, capsys):

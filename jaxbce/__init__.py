@@ -54,7 +54,7 @@ __all__ = [
     "sparse_bce_with_logits",
 ]
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 
 def __getattr__(name: str) -> object:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 import jaxbce
-from jaxbce import _math
+from jaxbce import _flax, _math
 from jaxbce._reduce import Reduction, ScalarReduction
 
 KERNEL_INIT = nnx.initializers.lecun_normal()
@@ -105,24 +103,6 @@ class MultiLabelHead(nnx.Module):
         self.batch_axis = batch_axis
         self.label_axis = label_axis
 
-        def created(
-            make: Callable[..., jax.Array], names: tuple[Any, ...], *args: Any
-        ) -> nnx.Param[jax.Array]:
-            """A parameter that is made where it belongs, and says so to Flax."""
-            if mesh is None:
-                return nnx.Param(make(*args))
-            sharding = NamedSharding(mesh, PartitionSpec(*names))
-
-            made: jax.Array = jax.jit(make, out_shardings=sharding)(*args)
-            if AxisType.Auto not in mesh.axis_types:  # under `jax.jit` the type then says it
-                made = jax.sharding.reshard(made, sharding)
-
-            def placed() -> jax.Array:
-                return made
-
-            eager = _flax_places(made, mesh)
-            return nnx.Param(nnx.with_partitioning(placed, names, mesh, eager_sharding=eager)())
-
         axes = label_axis if isinstance(label_axis, tuple) else (label_axis,)
         shape = {} if mesh is None else mesh.shape
         padding = -num_labels % math.prod(shape.get(axis, 1) for axis in axes)
@@ -137,12 +117,14 @@ class MultiLabelHead(nnx.Module):
             return kernel.T if transpose_kernel else kernel
 
         names = (label_axis, None) if transpose_kernel else (None, label_axis)
-        self.kernel: nnx.Param[jax.Array] = created(new_kernel, names, rngs.params())
+        self.kernel: nnx.Param[jax.Array] = _flax.created(new_kernel, names, mesh, rngs.params())
         rate = _rate(prior, num_labels, bias_dtype)
+
+        def new_bias() -> jax.Array:
+            return _padded(_bias(rate, num_labels, bias_dtype), padding)
+
         self.bias: nnx.Param[jax.Array] | None = (
-            created(lambda: _padded(_bias(rate, num_labels, bias_dtype), padding), (label_axis,))
-            if use_bias
-            else None
+            _flax.created(new_bias, (label_axis,), mesh) if use_bias else None
         )
 
     def __call__(self, features: ArrayLike) -> jax.Array:
@@ -214,25 +196,8 @@ class MultiLabelHead(nnx.Module):
         with respect to the features, before the step. Products are in the dtype of the parameters,
         or a wider one of the features: a `dtype` that is narrower is a ValueError.
         """
-        if not isinstance(optimizer, nnx.Optimizer):
-            raise TypeError(
-                "MultiLabelHead: optimizer must be a flax.nnx.Optimizer, got "
-                f"{type(optimizer).__name__}; make one of this head alone, "
-                "flax.nnx.Optimizer(head, tx, wrt=flax.nnx.Param)"
-            )
-        if type(optimizer).update is not nnx.Optimizer.update:
-            raise TypeError(
-                f"MultiLabelHead: optimizer has an update of its own, {type(optimizer).__name__}, "
-                "which needs the whole gradient; put what it does into its transformation"
-            )
         own = {"kernel": self.kernel} | ({} if self.bias is None else {"bias": self.bias})
-        if changed := [name for name, variable in own.items() if not _is_plain(variable)]:
-            raise TypeError(
-                f"MultiLabelHead: {changed[0]} must be a flax.nnx.Param as it is, got "
-                f"{type(own[changed[0]]).__name__}, which changes its value when it is read or "
-                "set; train it with MultiLabelHead.loss and optimizer.update"
-            )
-        params = {name: variable[...] for name, variable in own.items()}
+        tx, opt_state = _flax.taken(optimizer, self, own)
         given, param_dtype = self._checked(features), self.kernel[...].dtype
         dtype = jnp.dtype(self.dtype or given.dtype)
         if self.dtype is not None and self._promoted(dtype, param_dtype) != dtype:
@@ -241,27 +206,11 @@ class MultiLabelHead(nnx.Module):
                 f"got dtype={dtype}; make the head with param_dtype={dtype}, for which there is "
                 "rounding_key, or without dtype"
             )
-        trained = nnx.state(self, optimizer.wrt).keys()
-        tx = _OfHead(optimizer.tx, frozenset(trained & params.keys()))
-        state = _places(optimizer.opt_state)
-        got = [jnp.shape(jax.tree.leaves(place)[0]) for place in state]
-        expected = jax.eval_shape(tx.init, params)
-        shapes = [leaf.shape for leaf in jax.tree.leaves(expected)]
-        if not trained or not trained <= params.keys() or shapes != got:
-            raise ValueError(
-                "MultiLabelHead: optimizer must be one of this head alone, "
-                "flax.nnx.Optimizer(head, tx, wrt=flax.nnx.Param); got one whose wrt selects "
-                f"{sorted(trained)} of the head, with a state of "
-                f"{got} instead of {shapes}"
-            )
         step = jaxbce.linear_update(
             tx,
             given.astype(dtype),
-            params,
-            jax.tree.unflatten(
-                jax.tree.structure(expected),
-                [_held(*pair) for pair in zip(state, jax.tree.leaves(expected), strict=True)],
-            ),
+            {name: variable[...] for name, variable in own.items()},
+            opt_state,
             loss=loss,
             positives=positives,
             weight=weight,
@@ -275,10 +224,9 @@ class MultiLabelHead(nnx.Module):
         )
         gradient, count = step.features_gradient.astype(given.dtype), optimizer.step[...] + 1
         # All is computed; only now is anything written.
-        self.kernel[...] = step.params["kernel"]
-        if self.bias is not None:
-            self.bias[...] = step.params["bias"]
-        _write(optimizer, jax.tree.leaves(step.opt_state))
+        for name, variable in own.items():
+            variable[...] = step.params[name]
+        _flax.write(optimizer, jax.tree.leaves(step.opt_state))
         optimizer.step[...] = count
         return step.loss, gradient
 
@@ -409,89 +357,12 @@ class MultiLabelHead(nnx.Module):
         return features
 
 
-@dataclasses.dataclass(frozen=True)
-class _OfHead:
-    """An optimizer that gets the trained parameters in an `nnx.State`, as Flax gives them."""
-
-    tx: Any
-    trained: frozenset[str]
-
-    def _own(self, tree: dict[str, Any]) -> Any:
-        return nnx.State({name: value for name, value in tree.items() if name in self.trained})
-
-    def init(self, params: dict[str, Any]) -> Any:
-        return self.tx.init(self._own(params))
-
-    def update(self, slopes: dict[str, Any], state: Any, params: dict[str, Any]) -> Any:
-        updates, state = self.tx.update(self._own(slopes), state, self._own(params))
-        return jax.tree.map(jnp.zeros_like, slopes) | dict(updates), state
-
-
 def _padded(array: jax.Array, padding: int, fill: int = 0) -> jax.Array:
     """With so many entries more on its last axis; without any it is not copied."""
     if not padding:
         return array
     widths = [(0, 0)] * (array.ndim - 1) + [(0, padding)]
     return jnp.pad(array, widths, constant_values=np.asarray(fill, array.dtype))
-
-
-def _is_plain(variable: nnx.Variable[Any]) -> bool:
-    """Whether a Variable holds the value that it gives."""
-    hooks = {"on_get_value", "on_set_value"} & variable.get_metadata().keys()
-    methods = [
-        getattr(type(variable), name, None) is getattr(nnx.Param, name, None)
-        for name in ("get_value", "set_value")
-    ]
-    return not hooks and all(methods)
-
-
-def _is_variable(value: Any) -> bool:
-    return isinstance(value, nnx.Variable)
-
-
-def _places(opt_state: Any) -> list[Any]:
-    """A Variable for each array of the state, or what a user has put in place of the Variable."""
-    places = jax.tree.leaves(opt_state, is_leaf=_is_variable)
-    return [place for place in places if jax.tree.leaves(place)]  # what optax masks holds nothing
-
-
-def _held(place: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
-    held = jax.tree.leaves(place)[0]
-    if isinstance(held, bool | int | float):  # which has no dtype
-        return jnp.asarray(held, like.dtype)
-    return place[...] if _is_variable(place) else jnp.asarray(held)
-
-
-def _write(optimizer: nnx.Optimizer[Any], values: list[jax.Array]) -> None:
-    """Makes the values, one for each of `_places`, the state of the optimizer."""
-    places, structure = jax.tree.flatten(optimizer.opt_state, is_leaf=_is_variable)
-    left = iter(values)
-    for i, place in enumerate(places):
-        if not jax.tree.leaves(place):
-            continue
-        if _is_variable(place):
-            place[...] = next(left)
-        else:
-            places[i] = next(left)
-    if all(map(_is_variable, places)):
-        return
-    state = jax.tree.unflatten(structure, places)
-    try:
-        nnx.update(optimizer.opt_state, nnx.state(state))  # dictionaries that a user may hold
-    except ValueError:  # an array where a named tuple had a Variable
-        optimizer.opt_state = nnx.data(state)
-
-
-def _flax_places(made: jax.Array, mesh: Mesh) -> bool:
-    """Whether Flax is to place what is made of a parameter, as the moments of an optimizer.
-
-    Under `jax.jit` nothing else places moments on automatic axes. Types say it of explicit ones.
-    """
-    if any(kind != AxisType.Auto for kind in mesh.axis_types):
-        return False
-    # Flax 0.12.0 knows the mesh of `jax.set_mesh` alone, and fails where there is none.
-    set_around = isinstance(made, jax.core.Tracer) and not jax.sharding.get_abstract_mesh().empty
-    return set_around or flax.__version__ != "0.12.0"
 
 
 def _rate(prior: ArrayLike | None, num_labels: int, dtype: DTypeLike) -> jax.Array | None:

@@ -46,6 +46,8 @@ TESTS = {
     "_head.mesh": "sharding",
     "_head.update": "update",
     "_head.optimizers": "update",
+    "_head.rounding": "update float8",
+    "_flax": "nnx",
     "nnx": "nnx",
 }
 # Operators by their names in `ast`, and functions. Those of PAIRS are swapped both ways.

@@ -37,7 +37,8 @@ IMPORTS = {
         *("_checks", "_labels", "_loss", "_losses", "_math", "_placement", "_program", "_reduce"),
     },
     "__init__": {"_debug", "_functions", "_head", "_labels", "_loss", "_losses"},
-    "nnx": {"_math", "_reduce"},
+    "_flax": set(),
+    "nnx": {"_flax", "_math", "_reduce"},
 }
 
 SECTIONS = ["Use it", "Returns:", "Example:", ">>>", "Source:"]

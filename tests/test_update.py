@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from programs import collectives
 
 import jaxbce
-from jaxbce._head import update as update_module
+from jaxbce._head import rounding
+from jaxbce._head.update import LinearUpdate
 from jaxbce.nnx import MultiLabelHead
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -249,9 +250,7 @@ def apart(optimizer, arguments, steps=3, loss=head):
         value, (slopes, by_features) = jax.value_and_grad(of, (0, 1))(params, features)
         with jax.numpy_dtype_promotion("standard"):
             updates, state = optimizer.update(slopes, state, params)
-        return update_module.LinearUpdate(
-            value, by_features, optax.apply_updates(params, updates), state
-        )
+        return LinearUpdate(value, by_features, optax.apply_updates(params, updates), state)
 
     return last_of(steps, step, params, optimizer.init(params))
 
@@ -386,7 +385,7 @@ every_narrow_dtype = pytest.mark.parametrize(
 def rounded_in_every_way(value, dtype):
     noise = jnp.arange(2**16, dtype=jnp.uint32)
     noise = noise.astype(jnp.uint16) if dtype == jnp.bfloat16 else noise << 16
-    values = update_module.round_with(noise, jnp.full(2**16, value, np.float32), dtype)
+    values = rounding.round_with(noise, jnp.full(2**16, value, np.float32), dtype)
     assert values.dtype == dtype
     return np.asarray(values, np.float64)
 
@@ -435,7 +434,7 @@ def test_what_is_narrow_already_stays(dtype):
     noise = jax.random.bits(jax.random.key(0), values.shape, jnp.uint32)
     if dtype == jnp.bfloat16:
         noise = noise.astype(jnp.uint16)
-    got = update_module.round_with(noise, jnp.asarray(np.asarray(values, np.float32)), dtype)
+    got = rounding.round_with(noise, jnp.asarray(np.asarray(values, np.float32)), dtype)
     np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(values, np.float32))
 
 

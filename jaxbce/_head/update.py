@@ -8,20 +8,16 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxbce import _checks, _math, _placement
-from jaxbce._head import arguments, chunks, optimizers
+from jaxbce._head import arguments, chunks, optimizers, rounding
 from jaxbce._head.chunks import OneDevice
 from jaxbce._head.loss import ChunkLoss, built_in_loss, own_loss
 from jaxbce._head.mesh import Devices, OnMesh
 from jaxbce._loss import Loss
 from jaxbce._reduce import ScalarReduction
-
-# What `round_with` knows. Some of the other formats write NaN as the negative 0.
-ROUNDED = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
 
 class Optimizer(Protocol):
@@ -160,18 +156,7 @@ def linear_update(
             "pos_weight"
         )
     layout = optimizers.layout_of(name, optimizer, params, opt_state, transpose_kernel)
-    if short := [leaf for leaf in jax.tree.leaves(opt_state) if _is_narrow(leaf, 2)]:
-        raise TypeError(
-            f"{name}: opt_state must be of 16 bits or more, got {jax.typeof(short[0]).dtype}, in "
-            "which most moments are 0; make it with optimizer.init of parameters in float32, "
-            "jax.tree.map(lambda array: array.astype(jax.numpy.float32), params)"
-        )
-    if rounding_key is not None and not any(map(_is_narrow, jax.tree.leaves((params, opt_state)))):
-        raise ValueError(
-            f"{name}: rounding_key is for parameters or state of less than 32 bits, got "
-            f"{params['kernel'].dtype} and no such state; leave it out"
-        )
-    _check_key(name, rounding_key)
+    rounding.check(name, rounding_key, params, opt_state)
     if loss is None:
         chunk_loss, per_label = built_in_loss(pos_weight)
     else:
@@ -253,8 +238,8 @@ def _update(
         state, new_others = layout.split(state)
         # The rest of the state is the same for all chunks: its key is that of no label.
         return (
-            _rounded((params, state), parts, _key(key, start)),
-            _rounded(new_others, others, _key(key, num_labels)),
+            rounding.rounded((params, state), parts, rounding.key_of(key, start)),
+            rounding.rounded(new_others, others, rounding.key_of(key, num_labels)),
         )
 
     state, others = layout.split(opt_state)
@@ -268,11 +253,13 @@ def _update(
         return update_pass(plan, new_parts, operands, by_label._replace(arrays=arrays), others, key)
 
     def by_bits(operands: chunks.Operands, arrays: Any, others: Any, key: Any) -> Any:
-        *sums, arrays, others = by_values(operands, jax.tree.map(_bits, arrays), others, key)
-        return *sums, jax.tree.map(_with_bits, arrays, by_label.dtypes), others
+        *sums, arrays, others = by_values(
+            operands, jax.tree.map(rounding.as_bits, arrays), others, key
+        )
+        return *sums, jax.tree.map(rounding.with_bits, arrays, by_label.dtypes), others
 
     local = by_values
-    if any(_is_narrow(array, 2) for array in params.values()):
+    if any(rounding.is_narrow(array, 2) for array in params.values()):
         # XLA on a CPU would convert all of the kernel to float16 and back for each chunk.
         local = functools.partial(jax.lax.platform_dependent, cpu=by_bits, default=by_values)
     if isinstance(plan, OnMesh):
@@ -294,88 +281,6 @@ def _update(
     )
 
 
-def _check_key(name: str, key: Any) -> None:
-    try:
-        jax.eval_shape(_key, key, 0)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"{name}: rounding_key must be one key of jax.random, got {type(key).__name__} of "
-            f"shape {jnp.shape(key)}; make one for each step, jax.random.fold_in(key, step)"
-        ) from error
-
-
-def _is_narrow(array: Any, wide: int = 4) -> bool:
-    """Whether an array is of floats of less than `wide` bytes."""
-    dtype = jax.typeof(array).dtype
-    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < wide
-
-
-def _key(key: jax.Array | None, i: jax.Array | int) -> jax.Array | None:
-    return None if key is None else jax.random.fold_in(key, i)
-
-
-def _rounded(new: Any, old: Any, key: jax.Array | None) -> Any:
-    """The arrays `new` in the dtypes of `old`; with a key at random where these are narrow."""
-
-    def rounded(i: int, values: jax.Array, like: jax.Array) -> jax.Array:
-        floating = [jnp.issubdtype(each.dtype, jnp.floating) for each in (values, like)]
-        if floating == [True, False]:
-            raise ValueError(
-                f"linear_update: optimizer turns state of {like.dtype} into {values.dtype}, whose "
-                f"fractions each step would lose; let its init make {values.dtype}"
-            )
-        if key is None or not _is_narrow(like):
-            return values.astype(like.dtype)
-        if like.dtype.name not in ROUNDED:
-            raise TypeError(
-                f"linear_update: rounding_key rounds to {', '.join(ROUNDED)}, got parameters or "
-                f"state in {like.dtype}; use one of these"
-            )
-        if values.dtype == like.dtype and values.ndim:
-            raise ValueError(
-                f"linear_update: rounding_key cannot round state that the optimizer itself rounds "
-                f"to {like.dtype}, as with mu_dtype or accumulator_dtype; leave that option out, "
-                f"and make the state of parameters in {like.dtype}"
-            )
-        # Always the lower half of a float32 is cut off a bfloat16, up to all of it off the others.
-        bits = jnp.uint16 if like.dtype == jnp.bfloat16 else jnp.uint32
-        noise = jax.random.bits(jax.random.fold_in(key, i), values.shape, bits)
-        return round_with(noise, values, like.dtype)
-
-    leaves = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
-    return jax.tree.unflatten(
-        jax.tree.structure(old), [rounded(i, *pair) for i, pair in enumerate(leaves)]
-    )
-
-
-def round_with(noise: jax.Array, values: jax.Array, dtype: Any) -> jax.Array:
-    """`values` rounded to a narrow dtype, up with the probability of what is cut off.
-
-    Written as whole numbers: a float32 is `significand` units, of which `dtype` keeps every
-    2**cut-th. `cut` random bits added to the significand carry into the kept part as often as the
-    part that is cut off is a part of 2**cut.
-    """
-    info = jnp.finfo(dtype)
-    unsigned = jnp.dtype(f"uint{info.bits}")
-    bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
-    magnitude = bits & 0x7FFFFFFF
-    # Subnormal numbers have the exponent of the smallest normal one, and no leading bit.
-    exponent = jnp.maximum(magnitude >> 23, 1)
-    significand = magnitude - ((exponent - 1) << 23)
-    least = max(127 + int(info.minexp), 1)
-    new_exponent = jnp.maximum(exponent, least)
-    cut = 23 - info.nmant + new_exponent - exponent
-    # Of a number below 2**-8 of the smallest one, so much that 32 random bits are enough.
-    significand >>= jnp.clip(cut, 31, 62) - 31
-    cut = jnp.minimum(cut, 31)
-    noise = noise.astype(jnp.uint32) >> (jnp.iinfo(noise.dtype).bits - cut)
-    code = ((significand + noise) >> cut) + ((new_exponent - least) << info.nmant)
-    largest = int(np.asarray(info.max, dtype).view(unsigned))
-    code = jnp.minimum(code, largest) | (bits >> 31 << (info.bits - 1))
-    rounded = jax.lax.bitcast_convert_type(code.astype(unsigned), dtype)
-    return jnp.where(jnp.isfinite(values), rounded, values.astype(dtype))
-
-
 class ByLabel(NamedTuple):
     """Parameters and state with a part for each label, and the axes that count the labels."""
 
@@ -385,13 +290,13 @@ class ByLabel(NamedTuple):
 
     def read(self, start: jax.Array | int, size: int) -> Any:
         def part(array: jax.Array, axis: int, dtype: Any) -> jax.Array:
-            return _with_bits(chunks.part_of(array, axis, start, size), dtype)
+            return rounding.with_bits(chunks.part_of(array, axis, start, size), dtype)
 
         return jax.tree.map(part, self.arrays, self.axes, self.dtypes)
 
     def written(self, parts: Any, start: jax.Array | int) -> ByLabel:
         def written(array: jax.Array, axis: int, part: jax.Array) -> jax.Array:
-            return chunks.write(array, axis, _with_bits(part, array.dtype), start)
+            return chunks.write(array, axis, rounding.with_bits(part, array.dtype), start)
 
         return self._replace(arrays=jax.tree.map(written, self.arrays, self.axes, parts))
 
@@ -403,15 +308,6 @@ class ByLabel(NamedTuple):
             return jnp.where(jnp.expand_dims(labels, others), new, old)
 
         return jax.tree.map(chosen, new, self.axes, old)
-
-
-def _with_bits(array: jax.Array, dtype: Any) -> jax.Array:
-    return array if array.dtype == dtype else jax.lax.bitcast_convert_type(array, dtype)
-
-
-def _bits(array: jax.Array) -> jax.Array:
-    """An array of float8 as whole numbers."""
-    return _with_bits(array, jnp.uint8) if _is_narrow(array, 2) else array
 
 
 def update_pass(

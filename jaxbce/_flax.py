@@ -1,0 +1,147 @@
+"""What the head needs of Flax: parameters made in their place, and the state of an optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+def created(
+    make: Callable[..., jax.Array], names: tuple[Any, ...], mesh: Mesh | None, *args: Any
+) -> nnx.Param[jax.Array]:
+    """The parameter make(*args), made where it belongs on the mesh, which it says to Flax."""
+    if mesh is None:
+        return nnx.Param(make(*args))
+    sharding = NamedSharding(mesh, PartitionSpec(*names))
+    made: jax.Array = jax.jit(make, out_shardings=sharding)(*args)
+    if AxisType.Auto not in mesh.axis_types:  # under `jax.jit` the type then says it
+        made = jax.sharding.reshard(made, sharding)
+
+    def placed() -> jax.Array:
+        return made
+
+    eager = _flax_places(made, mesh)
+    return nnx.Param(nnx.with_partitioning(placed, names, mesh, eager_sharding=eager)())
+
+
+def _flax_places(made: jax.Array, mesh: Mesh) -> bool:
+    """Whether Flax is to place what is made of a parameter, as the moments of an optimizer.
+
+    Under `jax.jit` nothing else places moments on automatic axes. Types say it of explicit ones.
+    """
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return False
+    # Flax 0.12.0 knows the mesh of `jax.set_mesh` alone, and fails where there is none.
+    set_around = isinstance(made, jax.core.Tracer) and not jax.sharding.get_abstract_mesh().empty
+    return set_around or flax.__version__ != "0.12.0"
+
+
+@dataclasses.dataclass(frozen=True)
+class OfHead:
+    """An optimizer that gets the trained parameters in an `nnx.State`, as Flax gives them."""
+
+    tx: Any
+    trained: frozenset[str]
+
+    def _own(self, tree: dict[str, Any]) -> Any:
+        return nnx.State({name: value for name, value in tree.items() if name in self.trained})
+
+    def init(self, params: dict[str, Any]) -> Any:
+        return self.tx.init(self._own(params))
+
+    def update(self, slopes: dict[str, Any], state: Any, params: dict[str, Any]) -> Any:
+        updates, state = self.tx.update(self._own(slopes), state, self._own(params))
+        return jax.tree.map(jnp.zeros_like, slopes) | dict(updates), state
+
+
+def taken(
+    optimizer: nnx.Optimizer[Any], head: nnx.Module, own: dict[str, nnx.Param[jax.Array]]
+) -> tuple[OfHead, Any]:
+    """The optimizer of a head with its `own` parameters, as optax has it: rule and state."""
+    if not isinstance(optimizer, nnx.Optimizer):
+        raise TypeError(
+            "MultiLabelHead: optimizer must be a flax.nnx.Optimizer, got "
+            f"{type(optimizer).__name__}; make one of this head alone, "
+            "flax.nnx.Optimizer(head, tx, wrt=flax.nnx.Param)"
+        )
+    if type(optimizer).update is not nnx.Optimizer.update:
+        raise TypeError(
+            f"MultiLabelHead: optimizer has an update of its own, {type(optimizer).__name__}, "
+            "which needs the whole gradient; put what it does into its transformation"
+        )
+    if changed := [name for name, variable in own.items() if not _is_plain(variable)]:
+        raise TypeError(
+            f"MultiLabelHead: {changed[0]} must be a flax.nnx.Param as it is, got "
+            f"{type(own[changed[0]]).__name__}, which changes its value when it is read or "
+            "set; train it with MultiLabelHead.loss and optimizer.update"
+        )
+    trained = nnx.state(head, optimizer.wrt).keys()
+    tx = OfHead(optimizer.tx, frozenset(trained & own.keys()))
+    places = _places(optimizer.opt_state)
+    expected = jax.eval_shape(tx.init, {name: variable[...] for name, variable in own.items()})
+    likes, structure = jax.tree.flatten(expected)
+    got, shapes = (
+        [jnp.shape(jax.tree.leaves(place)[0]) for place in places],
+        [a.shape for a in likes],
+    )
+    if not trained or not trained <= own.keys() or shapes != got:
+        raise ValueError(
+            "MultiLabelHead: optimizer must be one of this head alone, "
+            "flax.nnx.Optimizer(head, tx, wrt=flax.nnx.Param); got one whose wrt selects "
+            f"{sorted(trained)} of the head, with a state of {got} instead of {shapes}"
+        )
+    return tx, jax.tree.unflatten(structure, map(_held, places, likes))
+
+
+def _is_plain(variable: nnx.Variable[Any]) -> bool:
+    """Whether a Variable holds the value that it gives."""
+    hooks = {"on_get_value", "on_set_value"} & variable.get_metadata().keys()
+    methods = [
+        getattr(type(variable), name, None) is getattr(nnx.Param, name, None)
+        for name in ("get_value", "set_value")
+    ]
+    return not hooks and all(methods)
+
+
+def _is_variable(value: Any) -> bool:
+    return isinstance(value, nnx.Variable)
+
+
+def _places(opt_state: Any) -> list[Any]:
+    """A Variable for each array of the state, or what a user has put in place of the Variable."""
+    places = jax.tree.leaves(opt_state, is_leaf=_is_variable)
+    return [place for place in places if jax.tree.leaves(place)]  # what optax masks holds nothing
+
+
+def _held(place: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+    held = jax.tree.leaves(place)[0]
+    if isinstance(held, bool | int | float):  # which has no dtype
+        return jnp.asarray(held, like.dtype)
+    return place[...] if _is_variable(place) else jnp.asarray(held)
+
+
+def write(optimizer: nnx.Optimizer[Any], values: list[jax.Array]) -> None:
+    """Makes the values, one for each of `_places`, the state of the optimizer."""
+    places, structure = jax.tree.flatten(optimizer.opt_state, is_leaf=_is_variable)
+    left = iter(values)
+    for i, place in enumerate(places):
+        if not jax.tree.leaves(place):
+            continue
+        if _is_variable(place):
+            place[...] = next(left)
+        else:
+            places[i] = next(left)
+    if all(map(_is_variable, places)):
+        return
+    state = jax.tree.unflatten(structure, places)
+    try:
+        nnx.update(optimizer.opt_state, nnx.state(state))  # dictionaries that a user may hold
+    except ValueError:  # an array where a named tuple had a Variable
+        optimizer.opt_state = nnx.data(state)

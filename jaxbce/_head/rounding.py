@@ -1,0 +1,115 @@
+"""Parameters and state in narrow dtypes: what a step makes of them, rounded back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# What `round_with` knows. Some of the other formats write NaN as the negative 0.
+ROUNDED = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+
+
+def check(name: str, key: Any, params: Any, opt_state: Any) -> None:
+    """That the state holds its numbers, and that there is something to round with a key."""
+    if short := [leaf for leaf in jax.tree.leaves(opt_state) if is_narrow(leaf, 2)]:
+        raise TypeError(
+            f"{name}: opt_state must be of 16 bits or more, got {jax.typeof(short[0]).dtype}, in "
+            "which most moments are 0; make it with optimizer.init of parameters in float32, "
+            "jax.tree.map(lambda array: array.astype(jax.numpy.float32), params)"
+        )
+    if key is not None and not any(map(is_narrow, jax.tree.leaves((params, opt_state)))):
+        raise ValueError(
+            f"{name}: rounding_key is for parameters or state of less than 32 bits, got "
+            f"{params['kernel'].dtype} and no such state; leave it out"
+        )
+    try:
+        jax.eval_shape(key_of, key, 0)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name}: rounding_key must be one key of jax.random, got {type(key).__name__} of "
+            f"shape {jnp.shape(key)}; make one for each step, jax.random.fold_in(key, step)"
+        ) from error
+
+
+def is_narrow(array: Any, wide: int = 4) -> bool:
+    """Whether an array is of floats of less than `wide` bytes."""
+    dtype = jax.typeof(array).dtype
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < wide
+
+
+def key_of(key: jax.Array | None, i: jax.Array | int) -> jax.Array | None:
+    return None if key is None else jax.random.fold_in(key, i)
+
+
+def rounded(new: Any, old: Any, key: jax.Array | None) -> Any:
+    """The arrays `new` in the dtypes of `old`; with a key at random where these are narrow."""
+
+    def rounded(i: int, values: jax.Array, like: jax.Array) -> jax.Array:
+        floating = [jnp.issubdtype(each.dtype, jnp.floating) for each in (values, like)]
+        if floating == [True, False]:
+            raise ValueError(
+                f"linear_update: optimizer turns state of {like.dtype} into {values.dtype}, whose "
+                f"fractions each step would lose; let its init make {values.dtype}"
+            )
+        if key is None or not is_narrow(like):
+            return values.astype(like.dtype)
+        if like.dtype.name not in ROUNDED:
+            raise TypeError(
+                f"linear_update: rounding_key rounds to {', '.join(ROUNDED)}, got parameters or "
+                f"state in {like.dtype}; use one of these"
+            )
+        if values.dtype == like.dtype and values.ndim:
+            raise ValueError(
+                f"linear_update: rounding_key cannot round state that the optimizer itself rounds "
+                f"to {like.dtype}, as with mu_dtype or accumulator_dtype; leave that option out, "
+                f"and make the state of parameters in {like.dtype}"
+            )
+        # Always the lower half of a float32 is cut off a bfloat16, up to all of it off the others.
+        bits = jnp.uint16 if like.dtype == jnp.bfloat16 else jnp.uint32
+        noise = jax.random.bits(jax.random.fold_in(key, i), values.shape, bits)
+        return round_with(noise, values, like.dtype)
+
+    leaves = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+    return jax.tree.unflatten(
+        jax.tree.structure(old), [rounded(i, *pair) for i, pair in enumerate(leaves)]
+    )
+
+
+def round_with(noise: jax.Array, values: jax.Array, dtype: Any) -> jax.Array:
+    """`values` rounded to a narrow dtype, up with the probability of what is cut off.
+
+    Written as whole numbers: a float32 is `significand` units, of which `dtype` keeps every
+    2**cut-th. `cut` random bits added to the significand carry into the kept part as often as the
+    part that is cut off is a part of 2**cut.
+    """
+    info = jnp.finfo(dtype)
+    unsigned = jnp.dtype(f"uint{info.bits}")
+    bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
+    magnitude = bits & 0x7FFFFFFF
+    # Subnormal numbers have the exponent of the smallest normal one, and no leading bit.
+    exponent = jnp.maximum(magnitude >> 23, 1)
+    significand = magnitude - ((exponent - 1) << 23)
+    least = max(127 + int(info.minexp), 1)
+    new_exponent = jnp.maximum(exponent, least)
+    cut = 23 - info.nmant + new_exponent - exponent
+    # Of a number below 2**-8 of the smallest one, so much that 32 random bits are enough.
+    significand >>= jnp.clip(cut, 31, 62) - 31
+    cut = jnp.minimum(cut, 31)
+    noise = noise.astype(jnp.uint32) >> (jnp.iinfo(noise.dtype).bits - cut)
+    code = ((significand + noise) >> cut) + ((new_exponent - least) << info.nmant)
+    largest = int(np.asarray(info.max, dtype).view(unsigned))
+    code = jnp.minimum(code, largest) | (bits >> 31 << (info.bits - 1))
+    rounded = jax.lax.bitcast_convert_type(code.astype(unsigned), dtype)
+    return jnp.where(jnp.isfinite(values), rounded, values.astype(dtype))
+
+
+def with_bits(array: jax.Array, dtype: Any) -> jax.Array:
+    return array if array.dtype == dtype else jax.lax.bitcast_convert_type(array, dtype)
+
+
+def as_bits(array: jax.Array) -> jax.Array:
+    """An array of float8 as whole numbers."""
+    return with_bits(array, jnp.uint8) if is_narrow(array, 2) else array

@@ -112,7 +112,7 @@ def _apply(name: str, kernel: _math.Kernel, x: ArrayLike) -> jax.Array:
     return _mapped(admitted, name=name, kernel=kernel)
 
 
-@_placement.compiled("name", "kernel", result=_placement.as_first)
+@_placement.compiled(result=_placement.as_first)
 def _mapped(x: Any, *, name: str, kernel: _math.Kernel) -> jax.Array:
     array = _checks.real(name, "x", x)
     dtype = _math.accumulator(array)

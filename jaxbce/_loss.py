@@ -7,7 +7,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,15 @@ from jaxbce import _checks, _math, _placement, _program, _reduce
 from jaxbce._labels import ids
 from jaxbce._reduce import Reduction
 
-OPTIONS = ("weight", "label_smoothing", "where", "axis", "reduction")
+
+class Options(NamedTuple):
+    """What every loss takes beside its logits, its labels and its own parameters."""
+
+    weight: ArrayLike | None = None
+    label_smoothing: ArrayLike = 0.0
+    where: ArrayLike | None = None
+    axis: int | tuple[int, ...] | None = None
+    reduction: Reduction = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +90,7 @@ class Loss:
             raise TypeError(
                 f'Loss: parameters must be a tuple of names, got {names!r}; one name is ("margin",)'
             )
-        if taken := [name for name in names if name in OPTIONS or names.count(name) > 1]:
+        if taken := [name for name in names if name in Options._fields or names.count(name) > 1]:
             raise ValueError(
                 f"Loss: parameters must have names of their own, got {taken[0]!r}, which is taken; "
                 "rename it in the call of the loss"
@@ -106,19 +114,15 @@ class Loss:
         if unknown := parameters.keys() - set(self.parameters):
             raise TypeError(
                 f"Loss: {min(unknown)} is no option, got one of that name; this loss has "
-                f"{', '.join((*self.parameters, *OPTIONS))}"
+                f"{', '.join((*self.parameters, *Options._fields))}"
             )
         return evaluate(
             "Loss",
             self,
             logits,
             labels,
+            Options(weight, label_smoothing, where, axis, reduction),
             parameters=parameters,
-            weight=weight,
-            label_smoothing=label_smoothing,
-            where=where,
-            axis=axis,
-            reduction=reduction,
             program=self.program("Loss", tuple(parameters), logits),
         )
 
@@ -208,13 +212,9 @@ def evaluate(
     loss: Loss,
     scores: ArrayLike,
     labels: ArrayLike,
+    options: Options,
     *,
     parameters: Mapping[str, ArrayLike | None] | None = None,
-    weight: ArrayLike | None = None,
-    label_smoothing: ArrayLike = 0.0,
-    where: ArrayLike | None = None,
-    axis: int | tuple[int, ...] | None = None,
-    reduction: Reduction = "none",
     score_name: str = "logits",
     bound: Callable[..., jax.Array] = magnitude,
     sparse: bool = False,
@@ -224,6 +224,7 @@ def evaluate(
 
     `bound` of the scores, labels and parameters is not finite where the loss or a slope may not be.
     """
+    weight, label_smoothing, where, axis, reduction = options
     _checks.check_choice(name, "reduction", reduction, Reduction)
     axes = _checks.axes_or_none(name, axis, reduction)
     given = {n: value for n, value in (parameters or {}).items() if value is not None}
@@ -259,20 +260,7 @@ def result_spec(
     return PartitionSpec(*(names for axis, names in enumerate(spec) if axis not in reduced))
 
 
-STATIC = [
-    "name",
-    "loss",
-    "given",
-    "reduction",
-    "axes",
-    "score_name",
-    "bound",
-    "sparse",
-    "program",
-]
-
-
-@_placement.compiled(*STATIC, result=result_spec)
+@_placement.compiled(result=result_spec)
 def evaluate_arrays(
     scores: Any,
     labels: Any,

@@ -1,6 +1,7 @@
 """Where arrays live: on meshes whose types say how arrays are sharded, and in `jax.shard_map`."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -109,10 +110,8 @@ def automatic(fn: Callable[..., Any], arrays: Any, out_specs: Any) -> Any:
     return jax.sharding.auto_axes(fn, axes=axes, out_sharding=shardings)(*arrays)
 
 
-def compiled(
-    *static: str, result: Callable[..., Any], results: int = 1
-) -> Callable[[Function], Function]:
-    """`jax.jit` of a function of arrays, by position, and `static` options, by name.
+def compiled(result: Callable[..., Any], results: int = 1) -> Callable[[Function], Function]:
+    """`jax.jit` of a function of arrays, by position, and of options, by name, which are static.
 
     It runs `automatic`ally, with each of its `results` sharded as the rule `result` says.
     """
@@ -126,7 +125,8 @@ def compiled(
             out_specs = spec if results == 1 else (spec,) * results
             return automatic(functools.partial(fn, **options), arrays, out_specs)
 
-        return cast(Function, jax.jit(run, static_argnames=static))
+        options = inspect.getfullargspec(fn).kwonlyargs
+        return cast(Function, jax.jit(run, static_argnames=tuple(options)))
 
     return decorate
 

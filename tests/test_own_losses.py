@@ -12,7 +12,7 @@ from composing import LABELS, ROWS, dense_head, draw_head
 from heads import assert_close, value_and_gradients
 
 import jaxbce
-from jaxbce._loss import evaluate
+from jaxbce._loss import Options, evaluate
 
 TAU = 0.5
 
@@ -320,7 +320,7 @@ def test_errors(call, error, message):
 def test_a_public_function_names_what_its_loss_requires():
     """One of the package hands None on where a user gave it None."""
     with pytest.raises(TypeError, match=r"^a_loss: log_prior is a required"):
-        evaluate("a_loss", ADJUSTED, X, X, parameters={"log_prior": None})
+        evaluate("a_loss", ADJUSTED, X, X, Options(), parameters={"log_prior": None})
 
 
 def test_errors_in_the_head():

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxbce import _checks, _placement
 from jaxbce._head import arguments, chunks
+from jaxbce._head.arguments import Given
 from jaxbce._head.loss import ChunkLoss, built_in_loss, own_loss
 from jaxbce._head.mesh import Devices
 from jaxbce._loss import Loss
@@ -117,20 +118,9 @@ def linear_bce_with_logits(
         name, transpose_kernel, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis
     )
     loss, per_label = built_in_loss(pos_weight)
-    given = arguments.as_given(
-        name,
-        loss,
-        features,
-        kernel,
-        bias,
-        positives=positives,
-        labels=labels,
-        per_label=per_label,
-        weight=weight,
-        label_smoothing=label_smoothing,
-        where=where,
-        ignored=ignored,
-    )
+    layer, targets = (features, kernel, bias), (positives, labels)
+    given = Given(*layer, *targets, weight, label_smoothing, where, ignored, per_label)
+    given = arguments.for_jit(name, loss, given)
     return _evaluate(given, name=name, reduction=reduction, loss=loss, devices=devices)
 
 
@@ -221,32 +211,22 @@ def linear_loss(
         name, transpose_kernel, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis
     )
     chunk_loss = own_loss(name, loss, per_label, features, kernel)
-    given = arguments.as_given(
-        name,
-        chunk_loss,
-        features,
-        kernel,
-        bias,
-        positives=positives,
-        labels=labels,
-        per_label=per_label,
-        weight=weight,
-        where=where,
-        ignored=ignored,
-    )
+    layer, targets = (features, kernel, bias), (positives, labels)
+    given = Given(*layer, *targets, weight, 0.0, where, ignored, per_label)
+    given = arguments.for_jit(name, chunk_loss, given)
     return _evaluate(given, name=name, reduction=reduction, loss=chunk_loss, devices=devices)
 
 
-def _by_row(given: arguments.Given, *, reduction: Reduction, **_: Any) -> PartitionSpec:
+def _by_row(given: Given, *, reduction: Reduction, **_: Any) -> PartitionSpec:
     """The loss of each row is sharded as the features are."""
     if reduction != "none":
         return PartitionSpec()
     return PartitionSpec(*_placement.common_spec(given.features)[:-1])
 
 
-@_placement.compiled("name", "reduction", "loss", "devices", result=_by_row)
+@_placement.compiled(result=_by_row)
 def _evaluate(
-    given: arguments.Given,
+    given: Given,
     *,
     name: str,
     reduction: Reduction,

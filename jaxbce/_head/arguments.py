@@ -15,7 +15,7 @@ from jaxbce._reduce import Reduction
 
 
 class Given(NamedTuple):
-    """The arrays of a call as the user gave them; None for what is not given."""
+    """The arrays of a call, in this order everywhere; None for what is not given."""
 
     features: Any
     kernel: Any
@@ -26,39 +26,17 @@ class Given(NamedTuple):
     label_smoothing: Any
     where: Any
     ignored: Any
-    per_label: tuple[Any, ...]
+    per_label: Sequence[Any]
 
 
-def as_given(
-    name: str,
-    loss: ChunkLoss,
-    features: Any,
-    kernel: Any,
-    bias: Any,
-    *,
-    positives: Any,
-    labels: Any,
-    per_label: Sequence[Any],
-    weight: Any,
-    where: Any,
-    ignored: Any,
-    label_smoothing: Any = 0.0,
-) -> Given:
-    _checks.check_one_of(name, positives=positives, labels=labels)
-    numbers = _checks.jit_arguments(name, **dict(zip(loss.per_label, per_label, strict=True)))
-    arrays = _checks.jit_arguments(
-        name,
-        features=features,
-        kernel=kernel,
-        bias=bias,
-        positives=positives,
-        labels=labels,
-        weight=weight,
-        label_smoothing=_checks.fraction_or_none(name, "label_smoothing", label_smoothing),
-        where=where,
-        ignored=ignored,
-    )
-    return Given._make([*arrays, tuple(numbers)])
+def for_jit(name: str, loss: ChunkLoss, given: Given) -> Given:
+    """What was given, as `jax.jit` takes it."""
+    _checks.check_one_of(name, positives=given.positives, labels=given.labels)
+    smoothing = _checks.fraction_or_none(name, "label_smoothing", given.label_smoothing)
+    arrays = given._replace(label_smoothing=smoothing)._asdict()
+    numbers = dict(zip(loss.per_label, arrays.pop("per_label"), strict=True))
+    per_label = tuple(_checks.jit_arguments(name, **numbers))
+    return Given._make([*_checks.jit_arguments(name, **arrays), per_label])
 
 
 def prepare_layer(

@@ -107,7 +107,7 @@ def siglip_loss(
     return _siglip(*arrays, name=name, devices=devices)
 
 
-@_placement.compiled("name", "devices", result=_placement.replicated)
+@_placement.compiled(result=_placement.replicated)
 def _siglip(
     image_embeddings: Any,
     text_embeddings: Any,

@@ -89,7 +89,7 @@ def linear_top_k(
     return _top_k(*arrays, name=name, k=k, devices=devices)
 
 
-@_placement.compiled("name", "k", "devices", result=_placement.by_row, results=2)
+@_placement.compiled(result=_placement.by_row, results=2)
 def _top_k(
     features: Any,
     kernel: Any,

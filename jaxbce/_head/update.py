@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from jaxbce import _checks, _math, _placement
 from jaxbce._head import arguments, chunks, optimizers, rounding
+from jaxbce._head.arguments import Given
 from jaxbce._head.chunks import OneDevice
 from jaxbce._head.loss import ChunkLoss, built_in_loss, own_loss
 from jaxbce._head.mesh import Devices, OnMesh
@@ -145,7 +146,8 @@ def linear_update(
     devices = Devices.named(
         name, transpose_kernel, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis
     )
-    if loss is not None and (pos_weight is not None or label_smoothing != 0):
+    smoothing = _checks.fraction_or_none(name, "label_smoothing", label_smoothing)
+    if loss is not None and (pos_weight is not None or smoothing is not None):
         raise ValueError(
             f"{name}: pos_weight and label_smoothing belong to the loss that is built in, got a "
             "loss of your own; it takes its options itself, and arrays as per_label"
@@ -161,22 +163,10 @@ def linear_update(
         chunk_loss, per_label = built_in_loss(pos_weight)
     else:
         chunk_loss = own_loss(name, loss, per_label, features, params["kernel"])
-    given = arguments.as_given(
-        name,
-        chunk_loss,
-        features,
-        params["kernel"],
-        params.get("bias"),
-        positives=positives,
-        labels=labels,
-        per_label=per_label,
-        weight=weight,
-        label_smoothing=label_smoothing,
-        where=where,
-        ignored=ignored,
-    )
+    layer, targets = (features, params["kernel"], params.get("bias")), (positives, labels)
+    given = Given(*layer, *targets, weight, label_smoothing, where, ignored, per_label)
     return _update(
-        given,
+        arguments.for_jit(name, chunk_loss, given),
         opt_state,
         rounding_key,
         name=name,
@@ -188,7 +178,7 @@ def linear_update(
     )
 
 
-def _specs(given: arguments.Given, opt_state: Any, *_: Any, **__: Any) -> Any:
+def _specs(given: Given, opt_state: Any, *_: Any, **__: Any) -> Any:
     """The results are sharded as what they replace, new state also as its parameter."""
     params = {"kernel": given.kernel} | ({} if given.bias is None else {"bias": given.bias})
 
@@ -204,11 +194,9 @@ def _specs(given: arguments.Given, opt_state: Any, *_: Any, **__: Any) -> Any:
     return LinearUpdate(*specs)
 
 
-@_placement.compiled(
-    *("name", "reduction", "loss", "optimizer", "layout", "devices"), result=_specs
-)
+@_placement.compiled(result=_specs)
 def _update(
-    given: arguments.Given,
+    given: Given,
     opt_state: Any,
     key: jax.Array | None,
     *,

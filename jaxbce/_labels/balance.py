@@ -161,7 +161,7 @@ def _counts(
     return count, jnp.where(negatives < 0, 0, negatives)
 
 
-@_placement.compiled("name", result=_placement.by_label, results=2)
+@_placement.compiled(result=_placement.by_label, results=2)
 def _dense_counts(labels: Any, where: Any, *, name: str) -> tuple[jax.Array, jax.Array]:
     labels = _ids.check_labels(name, labels)
     where = _checks.mask(name, where, "labels", labels.shape)
@@ -174,7 +174,7 @@ def _dense_counts(labels: Any, where: Any, *, name: str) -> tuple[jax.Array, jax
     return count.astype(dtype), _kept_per_label(where, labels.shape, dtype)
 
 
-@_placement.compiled("name", "num_labels", result=_placement.replicated, results=2)
+@_placement.compiled(result=_placement.replicated, results=2)
 def _sparse_counts(
     positives: Any, where: Any, ignored: Any, *, name: str, num_labels: int
 ) -> tuple[jax.Array, jax.Array]:

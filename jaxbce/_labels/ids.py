@@ -97,7 +97,7 @@ def labels_of(
     return ones_at(ids, shape[-1], jnp.uint8)
 
 
-@_placement.compiled("name", "num_labels", "dtype", result=_placement.by_row)
+@_placement.compiled(result=_placement.by_row)
 def _multi_hot_of(positives: Any, *, name: str, num_labels: int, dtype: jnp.dtype) -> jax.Array:
     ids = _checks.positives(name, positives, num_labels)
     return ones_at(ids, num_labels, dtype)
@@ -151,7 +151,7 @@ def positives_from_multi_hot(labels: ArrayLike, max_positives: int | None = None
     return _positives_of(labels, name=name, max_positives=max_positives)
 
 
-@_placement.compiled("name", "max_positives", result=_placement.by_row)
+@_placement.compiled(result=_placement.by_row)
 def _positives_of(labels: Any, *, name: str, max_positives: int) -> jax.Array:
     labels = check_labels(name, labels)
     if labels.dtype != jnp.bool_:

@@ -14,7 +14,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxbce import _checks, _math
-from jaxbce._loss import Loss, evaluate
+from jaxbce._loss import Loss, Options, evaluate
 from jaxbce._losses import bce
 from jaxbce._math import WHOLE, multiply_no_nan, product
 from jaxbce._reduce import Reduction
@@ -214,9 +214,5 @@ def asymmetric_loss(
         loss,
         logits,
         labels,
-        weight=weight,
-        label_smoothing=label_smoothing,
-        where=where,
-        axis=axis,
-        reduction=reduction,
+        Options(weight, label_smoothing, where, axis, reduction),
     )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxbce import _math
-from jaxbce._loss import Loss, evaluate
+from jaxbce._loss import Loss, Options, evaluate
 from jaxbce._reduce import Reduction
 
 # loss(x, y, q) = (1 - y) softplus(x) + q y softplus(-x), with q = 1 for None
@@ -112,12 +112,8 @@ def bce_with_logits(
         BCE_FORWARD if forward_mode else BCE,
         logits,
         labels,
+        Options(weight, label_smoothing, where, axis, reduction),
         parameters={"pos_weight": pos_weight},
-        weight=weight,
-        label_smoothing=label_smoothing,
-        where=where,
-        axis=axis,
-        reduction=reduction,
     )
 
 
@@ -152,10 +148,8 @@ def sigmoid_binary_cross_entropy(
         BCE_FORWARD if forward_mode else BCE,
         logits,
         labels,
+        Options(weight, label_smoothing, where),
         parameters={"pos_weight": pos_weight},
-        weight=weight,
-        label_smoothing=label_smoothing,
-        where=where,
     )
 
 
@@ -219,11 +213,7 @@ def sparse_bce_with_logits(
         BCE,
         logits,
         positives,
+        Options(weight, label_smoothing, where, axis, reduction),
         parameters={"pos_weight": pos_weight},
-        weight=weight,
-        label_smoothing=label_smoothing,
-        where=where,
-        axis=axis,
-        reduction=reduction,
         sparse=True,
     )

@@ -13,7 +13,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxbce import _checks, _math
-from jaxbce._loss import Loss, evaluate, magnitude, undefined_outside
+from jaxbce._loss import Loss, Options, evaluate, magnitude, undefined_outside
 from jaxbce._losses import bce
 from jaxbce._math import WHOLE, multiply_no_nan, multiply_no_nan_value, product
 from jaxbce._reduce import Reduction
@@ -232,12 +232,8 @@ def focal_loss(
         loss,
         logits,
         labels,
+        Options(weight, label_smoothing, where, axis, reduction),
         parameters=parameters,
-        weight=weight,
-        label_smoothing=label_smoothing,
-        where=where,
-        axis=axis,
-        reduction=reduction,
         bound=bound,
     )
 
@@ -276,8 +272,7 @@ def sigmoid_focal_loss(
         loss,
         logits,
         labels,
+        Options(weight, where=where),
         parameters=parameters,
-        weight=weight,
-        where=where,
         bound=bound,
     )

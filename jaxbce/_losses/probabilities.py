@@ -8,7 +8,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxbce import _math
-from jaxbce._loss import Loss, evaluate, undefined_outside
+from jaxbce._loss import Loss, Options, evaluate, undefined_outside
 from jaxbce._reduce import Reduction
 
 # loss(p, y) = -y max(log p, -100) - (1 - y) max(log(1 - p), -100)
@@ -153,11 +153,7 @@ def bce(
         OF_PROBABILITIES,
         probs,
         labels,
-        weight=weight,
-        label_smoothing=label_smoothing,
-        where=where,
-        axis=axis,
-        reduction=reduction,
+        Options(weight, label_smoothing, where, axis, reduction),
         score_name="probs",
         bound=bound,
     )

@@ -1,18 +1,15 @@
 """Checks of dtypes, shapes and, on request, values; the wording of every error."""
 
 import numbers
-from typing import Any, ParamSpec, TypeGuard, TypeVar, get_args
+from typing import Any, TypeGuard, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-# Part of jit's cache key: a function traced without checks is traced again under `checked`.
+# This context is in the cache key of `jax.jit`. A function that was traced without checks is
+# therefore traced again under `checked`.
 value_checks = jax.make_user_context(default_value=False)
 
 
@@ -152,13 +149,6 @@ def number(name: str, argument: str, value: Any, *, most_axes: int = 0) -> jax.A
     return array.reshape(())
 
 
-def broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    """Whether `shape` broadcasts to `target` without enlarging it; either may be symbolic."""
-    tail = target[len(target) - len(shape) :]
-    pairs = zip(shape, tail, strict=False)
-    return len(shape) <= len(target) and all(own in (1, size) for own, size in pairs)
-
-
 def broadcast(
     name: str, argument: str, values: Any, against: str, target: tuple[int, ...]
 ) -> jax.Array:
@@ -171,7 +161,9 @@ def broadcast(
 def _check_broadcasts(
     name: str, argument: str, shape: tuple[int, ...], against: str, target: tuple[int, ...]
 ) -> None:
-    if not broadcasts(shape, target):
+    """`shape` must broadcast to `target` without enlarging it; either may be symbolic."""
+    pairs = zip(shape, target[len(target) - len(shape) :], strict=False)
+    if len(shape) > len(target) or any(own not in (1, size) for own, size in pairs):
         fewer = len(shape) < len(target)
         per_row = f"one value per row of a (batch, labels) array is {argument}[:, None]"
         raise ValueError(
@@ -203,7 +195,7 @@ def positives(
     """Label ids [..., P] as int32, every one outside [0, num_labels) replaced by num_labels.
 
     They have the leading axes of `rows_of`, an argument by name and shape. Under `checked` an id
-    outside is an error, -1 and the rows apart that `keep` leaves out.
+    outside is an error, unless it is -1 or its row is False in `keep`.
     """
     ids = real(name, argument, values)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
@@ -226,9 +218,8 @@ def positives(
         ids = ids.astype(jnp.int32)  # num_labels must fit; wider ids are narrowed at the end
     inside = (ids >= 0) & (ids < num_labels)
     ok = inside if jnp.issubdtype(ids.dtype, jnp.unsignedinteger) else inside | (ids == -1)
-    if keep is not None:
-        ok |= ~keep[..., None]
-    check_values(name, argument, ids, ok, f"in [0, {num_labels}), or -1 for padding")
+    keep = None if keep is None else keep[..., None]
+    check_values(name, argument, ids, ok, f"in [0, {num_labels}), or -1 for padding", keep)
     return jnp.where(inside, ids, num_labels).astype(jnp.int32)
 
 
@@ -247,10 +238,18 @@ def values_are_checked() -> bool:
     return bool(value_checks.value)
 
 
-def check_values(name: str, argument: str, values: jax.Array, ok: jax.Array, rule: str) -> None:
-    """Under `checked`, `ok` must hold for every element of `values`."""
+def check_values(
+    name: str,
+    argument: str,
+    values: jax.Array,
+    ok: jax.Array,
+    rule: str,
+    keep: jax.Array | None = None,
+) -> None:
+    """Under `checked`, `ok` must hold for every element of `values` that is kept."""
     if not values_are_checked() or not values.size:
         return
+    ok = ok if keep is None else ok | ~keep
     offending = jnp.ravel(values)[jnp.argmin(jnp.broadcast_to(ok, values.shape))]
     message = f"{name}: {argument} must be {rule}, got {{value}}"
     checkify.check(jnp.all(ok), message, value=offending)
@@ -260,16 +259,14 @@ def check_unit_interval(
     name: str, argument: str, values: jax.Array, keep: jax.Array | None = None
 ) -> None:
     """Under `checked`, every kept element of `values` must lie in [0, 1]."""
-    ok = (values >= 0) & (values <= 1)
-    check_values(name, argument, values, ok if keep is None else ok | ~keep, "in [0, 1]")
+    check_values(name, argument, values, (values >= 0) & (values <= 1), "in [0, 1]", keep)
 
 
 def check_not_negative(
     name: str, argument: str, values: jax.Array, keep: jax.Array | None = None
 ) -> None:
     """Under `checked`, no kept element of `values` may be negative, or NaN."""
-    ok = values >= 0
-    check_values(name, argument, values, ok if keep is None else ok | ~keep, "at least 0")
+    check_values(name, argument, values, values >= 0, "at least 0", keep)
 
 
 def is_static(value: Any) -> TypeGuard[float]:

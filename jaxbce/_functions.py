@@ -107,13 +107,13 @@ def _log_sigmoid(x: jax.Array) -> jax.Array:
     return -_math.softplus(-x)
 
 
-def _apply(name: str, kernel: _math.Kernel, x: ArrayLike) -> jax.Array:
+def _apply(name: str, kernel: _math.ScalarFn, x: ArrayLike) -> jax.Array:
     (admitted,) = _checks.jit_arguments(name, x=x)
     return _mapped(admitted, name=name, kernel=kernel)
 
 
 @_placement.compiled(result=_placement.as_first)
-def _mapped(x: Any, *, name: str, kernel: _math.Kernel) -> jax.Array:
+def _mapped(x: Any, *, name: str, kernel: _math.ScalarFn) -> jax.Array:
     array = _checks.real(name, "x", x)
     dtype = _math.accumulator(array)
     result = _math.over(kernel, array.ndim)(array.astype(dtype))

@@ -189,19 +189,19 @@ class Loss:
         return _program.of_loss(name, scalar, [number] * (2 + len(given)), remedy)
 
 
-def magnitude(*values: Any) -> jax.Array:
-    """Not finite where one of the values is not, or where a product of them may not be."""
+def size_bound(*values: Any) -> jax.Array:
+    """A bound for the size of a loss and its slopes: infinite or NaN wherever they may be."""
     sizes = [jnp.maximum(jnp.abs(value), 1) for value in values if value is not None]
     return functools.reduce(operator.mul, sizes)
 
 
 def undefined_outside(values: jax.Array, size: jax.Array) -> jax.Array:
-    """`size`, but not finite where `values` are outside of [0, 1]: a loss may be infinite there."""
+    """`size`, but infinite where `values` are outside of [0, 1], as a loss may be there."""
     return jnp.where((values >= 0) & (values <= 1), size, jnp.inf)
 
 
 def is_defined(loss: Callable[..., jax.Array], *arrays: Any) -> jax.Array:
-    """Where a loss and all its slopes are finite, which is not known of a user's before."""
+    """Where a loss and its slopes are finite. Of a user's loss no bound is known, so it is run."""
     values, pullback = jax.vjp(loss, *jax.lax.stop_gradient(arrays))
     slopes = jax.tree.leaves(pullback(jnp.ones_like(values)))
     return functools.reduce(operator.and_, map(jnp.isfinite, [values, *slopes]))
@@ -216,7 +216,7 @@ def evaluate(
     *,
     parameters: Mapping[str, ArrayLike | None] | None = None,
     score_name: str = "logits",
-    bound: Callable[..., jax.Array] = magnitude,
+    bound: Callable[..., jax.Array] = size_bound,
     sparse: bool = False,
     program: tuple[_program.Equation, ...] = (),
 ) -> jax.Array:
@@ -278,7 +278,11 @@ def evaluate_arrays(
     sparse: bool,
     program: tuple[_program.Equation, ...],
 ) -> jax.Array:
-    """`program` is a part of what the compiled call is known by."""
+    """Checks, prepares, maps and reduces: the whole of a loss, compiled for each shape and option.
+
+    `program` is empty for a built-in loss. Of a user's it is what the function does now. It is here
+    only to be static: a function whose captured numbers have changed is compiled anew.
+    """
     x = _checks.floating(name, score_name, scores, None if sparse else labels)
     dtype, shape = _math.accumulator(x), x.shape
     x = x.astype(dtype)
@@ -316,7 +320,7 @@ def evaluate_arrays(
     mapped = loss.mapped(x.ndim, given, name)
     if program and weight is not None:
         size = jnp.where(is_defined(mapped, x, smoothed(y), *extras), size, jnp.inf)
-    keep = _reduce.kept(size, weight, where)
+    keep = _reduce.enters(size, weight, where)
     if keep is not None:
         # Before anything is computed of them, so that no NaN reaches a gradient.
         x, y = jnp.where(keep, x, 0), jnp.where(keep, y, 0)
@@ -324,7 +328,8 @@ def evaluate_arrays(
         weight = None if weight is None else jnp.where(keep, weight, 0)
     y = smoothed(y)
     if program and keep is not None:
-        # A user's loss may be infinite at the numbers that replace what is masked.
+        # A user's loss may be infinite at the replacements too. The outer select drops its value.
+        # The inner one keeps its NaN from the gradient of label_smoothing.
         values = jnp.where(keep, mapped(x, jnp.where(keep, y, 0), *extras).astype(dtype), 0)
     else:
         values = mapped(x, y, *extras).astype(dtype)

@@ -1,17 +1,20 @@
-"""Elementwise mathematics: scalar functions and their derivative rules, nothing else.
+"""Elementwise mathematics: scalar functions and the rules of their derivatives, nothing else.
 
-Every function here takes scalars; `over` lifts it to arrays. A loss is written as `<op>_value` and
-its derivatives `<op>_partials`, of which `with_jvp` makes a function for forward and reverse mode.
-`rematerialised` makes of that one that keeps nothing but its inputs for the backward pass. In the
-functions of logits JAX never differentiates through an `abs`, a `max` or a `where`, so their
-derivatives are right at logit 0, in both tails and at every order.
+Every function takes scalars, and `over` maps it over arrays. A function is a pair: its value
+`<op>_value` and its derivatives `<op>_partials`. `with_jvp` makes of the pair a function that JAX
+differentiates to any order, in forward and reverse mode. `rematerialised` makes a loss of such
+functions: it has reverse mode only, and stores nothing but its inputs for the backward pass.
 
-A zero coefficient annihilates: 0 · ∞ = 0.
+At 0 the derivatives of `abs` and `max` are conventions. So no derivative of a function of logits
+comes from them: it is a rule that is right at logit 0, in both tails and at every order.
 
-Two elementary operations are not exact to half a unit everywhere, `exp` and `quotient`; each is
-defined once, and everything else here is additions, multiplications, comparisons and these two. So
-an error bound is a statement about these two, on every backend. `log` serves what is no loss of
-logits: probabilities, and powers with a fraction in the exponent.
+A coefficient of 0 annihilates: 0 · ∞ = 0.
+
+In float32 two elementary operations are not exact to half a unit, `exp` and `quotient`. Each is
+defined once, and the functions of logits are made of additions, multiplications, comparisons and
+these two. An error bound of the two is therefore an error bound of the losses, on every backend.
+Elsewhere `log` serves: for probabilities, for powers with a fraction in the exponent, and in
+float64.
 """
 
 import functools
@@ -27,13 +30,14 @@ from jax.custom_derivatives import SymbolicZero
 HIGHEST = lax.AccuracyMode.HIGHEST
 WHOLE = range(9)  # exponents of powers that are multiplied out, to a few ULP
 
-Kernel = Callable[..., jax.Array]
+ScalarFn = Callable[..., jax.Array]
 Partials = Callable[..., tuple[jax.Array | None, ...]]
 
 
 def along(tangents: Any, slopes: Any, like: jax.Array) -> jax.Array:
     """Σ tangent · slope, without what is constant or has no derivative."""
-    # A test of a tangent's value for zero would break transposition, which reverse mode needs.
+    # Constants are known while tracing. To compare the value of a tangent with 0 would break the
+    # transposition that makes reverse mode.
     terms = [
         tangent * slope
         for tangent, slope in zip(tangents, slopes, strict=True)
@@ -44,9 +48,10 @@ def along(tangents: Any, slopes: Any, like: jax.Array) -> jax.Array:
     return total
 
 
-def with_jvp(value: Kernel, partials: Partials) -> Kernel:
+def with_jvp(value: ScalarFn, partials: Partials) -> ScalarFn:
     """`value` with `partials` as its derivatives, in forward and reverse mode."""
-    # `inline` keeps the program as it was; JAX traces the scalar once, whatever it is mapped over.
+    # The jit is there for its cache: the scalar is traced once, whatever it is mapped over. With
+    # `inline` no call of it is left in the program.
     kernel = jax.custom_jvp(jax.jit(value, inline=True))
 
     def jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
@@ -57,10 +62,11 @@ def with_jvp(value: Kernel, partials: Partials) -> Kernel:
     return kernel
 
 
-def rematerialised(fn: Kernel, prepare: Kernel | None = None) -> Kernel:
-    """`fn` in reverse mode alone, with its inputs as the only residuals.
+def rematerialised(fn: ScalarFn, prepare: ScalarFn | None = None) -> ScalarFn:
+    """`fn` for reverse mode only, storing nothing but its inputs.
 
-    The backward pass computes with `prepare` of the first input, which must be equal to it.
+    The backward pass computes `fn` again. `prepare` is an identity that hides its first input from
+    XLA, so that XLA does not merge this second computation with the first.
     """
     kernel = jax.custom_vjp(fn)
 
@@ -88,7 +94,7 @@ def multiplied_in(dtype: Any) -> Any:
     return jnp.dtype(jnp.bfloat16 if jnp.dtype(dtype).itemsize == 1 else dtype)
 
 
-def over(kernel: Kernel, ndim: int) -> Kernel:
+def over(kernel: ScalarFn, ndim: int) -> ScalarFn:
     """`kernel` mapped over `ndim` axes of its inputs."""
     for _ in range(ndim):
         kernel = jax.vmap(kernel)
@@ -105,19 +111,20 @@ def multiply_no_nan_partials(
     return value, coefficient
 
 
-# coefficient · value, of which a coefficient of 0 annihilates an infinite value
+# multiply_no_nan(coefficient, value) = coefficient · value, and 0 where the coefficient is 0
 multiply_no_nan = with_jvp(multiply_no_nan_value, multiply_no_nan_partials)
 
 
-# product(a, b) = a b, where an a of 0 annihilates an infinite b. The slope by a would then be b,
-# infinite. It is 0: in a loss b is infinite only at infinite logits, where a no longer changes.
+# multiply_saturated(a, b) = multiply_no_nan(a, b), but where b is infinite the slope by a is 0 and
+# not infinite. In a loss b is infinite only at an infinite logit. There a, a power of a sigmoid, is
+# constant.
 
 
-def product_partials(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+def multiply_saturated_partials(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(jnp.isinf(b), 0, b), a
 
 
-product = with_jvp(multiply_no_nan_value, product_partials)
+multiply_saturated = with_jvp(multiply_no_nan_value, multiply_saturated_partials)
 
 
 def exp(x: jax.Array) -> jax.Array:
@@ -292,17 +299,17 @@ def tanh_half_partials(x: jax.Array) -> tuple[jax.Array]:
 tanh_half = with_jvp(tanh_half_value, tanh_half_partials)
 
 
-# recomputed(x) = x, written so that XLA does not see it. A derivative of `recomputed(x)` shares no
-# term with the loss of x. XLA would write a shared term to memory; computing it twice is cheaper.
+# hidden_identity(x) = x, written so that XLA does not recognise it. Loss and gradient then share no
+# term. XLA would write a shared term to memory, and computing it twice is cheaper.
 
 
-def recomputed_value(x: jax.Array) -> jax.Array:
+def hidden_identity_value(x: jax.Array) -> jax.Array:
     magnitude = jnp.maximum(x, -x)
     return jnp.where(x < 0, -magnitude, magnitude)
 
 
-def recomputed_partials(x: jax.Array) -> tuple[jax.Array]:
+def hidden_identity_partials(x: jax.Array) -> tuple[jax.Array]:
     return (jnp.ones_like(x),)
 
 
-recomputed = with_jvp(recomputed_value, recomputed_partials)
+hidden_identity = with_jvp(hidden_identity_value, hidden_identity_partials)

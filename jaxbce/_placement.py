@@ -34,17 +34,17 @@ def _explicit_mesh(arrays: Any) -> AbstractMesh | None:
     return next((mesh for mesh in meshes if _explicit_axes(mesh)), None)
 
 
-def _names_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The axes of the mesh over which one axis of an array is sharded."""
+def names_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes of a mesh that an argument, or an entry of a `PartitionSpec`, names."""
     if entry is None:
         return ()
     return (entry,) if isinstance(entry, str) else entry
 
 
 def common_spec(*arrays: jax.Array | None) -> PartitionSpec:
-    """The axes over which the first array is sharded, and where it is not, the next ones.
+    """For each axis of the first array, the sharding of the first array that is sharded there.
 
-    The others broadcast to the shape of the first.
+    The others broadcast to the shape of the first. No axis of the mesh is used twice.
     """
     first = arrays[0]
     if first is None:  # which its check refuses
@@ -55,7 +55,7 @@ def common_spec(*arrays: jax.Array | None) -> PartitionSpec:
         if array is not None and array.ndim <= first.ndim:
             own = jax.typeof(array).sharding.spec
             for axis, entry in zip(range(-array.ndim, 0), own, strict=True):
-                names = set(_names_of(entry))
+                names = set(names_of(entry))
                 # An axis of the mesh shards only one axis of an array.
                 if spec[axis] is None and not names & used:
                     spec[axis] = entry

@@ -55,7 +55,9 @@ class Equation(NamedTuple):
     """One operation of a traced program, with all that a caller can tell of it."""
 
     primitive: str
-    meaning: tuple[Any, ...]  # the same for any number of labels: wiring, numbers, options, dtypes
+    wiring: tuple[Any, ...]  # which values it reads and writes, with their dtypes and ranks
+    constants: tuple[Any, ...]  # the numbers in it
+    options: tuple[Any, ...]  # its parameters, without shapes
     axes: tuple[int, ...]  # of a reduction, a broadcast or a concatenation
     operands: tuple[tuple[int, ...], ...]  # their shapes
     results: tuple[tuple[int, ...], ...]
@@ -129,13 +131,17 @@ def read(traced: Any, who: str, if_traced: str) -> tuple[Equation, ...]:
     return program
 
 
-def is_same(one: Sequence[Equation], two: Sequence[Equation], in_shapes: bool) -> bool:
-    """Whether two programs do the same; where not `in_shapes`, but for axes of one element."""
-    if in_shapes:
-        return [each[:3] for each in one] == [each[:3] for each in two]
+def is_same(one: Sequence[Equation], two: Sequence[Equation], exact: bool) -> bool:
+    """Whether two programs do the same.
+
+    With `exact=False` they may differ in the wiring and in reshapes, which JAX adds and drops where
+    an axis has one element.
+    """
+    if exact:
+        return [each[:5] for each in one] == [each[:5] for each in two]
     parts = [
         [
-            (each.primitive, [part for part in each.meaning if isinstance(part[0], np.dtype)])
+            (each.primitive, each.constants, each.primitive in ELEMENTWISE.split() and each.options)
             for each in program
             if each.primitive not in SHAPING.split()
         ]
@@ -145,19 +151,21 @@ def is_same(one: Sequence[Equation], two: Sequence[Equation], in_shapes: bool) -
 
 
 def what_mixes(one: Sequence[Equation], two: Sequence[Equation]) -> str | None:
-    """None where each element is computed from itself, along the axis whose size differs.
+    """Compares one program that was read for two numbers of labels.
 
-    Otherwise the operation that is not known to do so; "" where the two do different things.
+    None means that each label is computed from itself alone. Otherwise it is the first operation
+    that is not known to do so, or "" where the programs do different things.
     """
-    for pair in itertools.zip_longest(one, two):
-        if None in pair or pair[0][0] != pair[1][0]:
+    for a, b in itertools.zip_longest(one, two):
+        if a is None or b is None or a.primitive != b.primitive:
             return ""
-        if pair[0].meaning != pair[1].meaning:
-            # An option of another operation may hold the number of labels.
-            plain = pair[0].primitive in (*ELEMENTWISE.split(), *SHAPING.split())
-            return "" if plain else pair[0].primitive
-        if not _treats_apart(*pair):
-            return str(pair[0].primitive)
+        if a[:4] != b[:4]:
+            # The option of another operation may just be the number of labels.
+            return (
+                "" if a.primitive in (*ELEMENTWISE.split(), *SHAPING.split()) else str(a.primitive)
+            )
+        if not _treats_apart(a, b):
+            return str(a.primitive)
     return None
 
 
@@ -176,9 +184,10 @@ def _treats_apart(one: Equation, two: Equation) -> bool:
 
     operands = [pair for pair in labelled(one.operands, two.operands) if pair[1]]
     results = labelled(one.results, two.results)
-    if one.primitive in ("call", "inputs", "outputs") or not any(
-        axes for _, axes in results + operands
-    ):
+    # These are no operations: what a call runs is read by itself.
+    if one.primitive in ("call", "inputs", "outputs"):
+        return True
+    if not any(axes for _, axes in results + operands):
         return True
     if not operands:
         return one.primitive == "broadcast_in_dim"
@@ -222,11 +231,11 @@ def _equations(traced: Any, if_traced: str) -> Iterator[Equation]:
     """The operations of a program and of those inside it, between their inputs and outputs."""
     jaxpr, numbers = getattr(traced, "jaxpr", traced), dict[Any, int]()
 
-    def described(variable: Any) -> tuple[Any, ...]:
-        if hasattr(variable, "val"):
-            return _number(if_traced, variable.val)
-        place = numbers.setdefault(variable, len(numbers))
-        return place, variable.aval.dtype, variable.aval.ndim
+    def wired(value: Any) -> tuple[Any, ...] | None:
+        if hasattr(value, "val"):  # a number
+            return None
+        place = numbers.setdefault(value, len(numbers))
+        return place, value.aval.dtype, value.aval.ndim
 
     def equation(
         primitive: str, operands: Sequence[Any], results: Sequence[Any], **options: Any
@@ -240,7 +249,9 @@ def _equations(traced: Any, if_traced: str) -> Iterator[Equation]:
         axes += [(options[key],) for key in ("dimension", "axis") if key in options]
         return Equation(
             primitive,
-            (*map(described, (*operands, *results)), *filter(_is_plain, options.items())),
+            tuple(map(wired, (*operands, *results))),
+            tuple(_number(if_traced, each.val) for each in operands if hasattr(each, "val")),
+            tuple(filter(_is_plain, options.items())),
             next(filter(None, axes), ()),
             tuple(each.aval.shape for each in operands),
             tuple(each.aval.shape for each in results),

@@ -19,15 +19,15 @@ def counted(weight: jax.Array | None, where: jax.Array | None) -> jax.Array | No
     return weight != 0 if where is None else (weight != 0) & where
 
 
-def kept(values: jax.Array, weight: jax.Array | None, where: jax.Array | None) -> jax.Array | None:
+def enters(size: jax.Array, weight: jax.Array | None, where: jax.Array | None) -> Any:
     """Where an element enters the loss; None for everywhere.
 
-    It does not where it is masked, nor where a weight of 0 meets an infinite or NaN value: the zero
-    annihilates it, in the loss and in every gradient.
+    It does not where it is masked. Nor does it where its weight is 0 and its `size`, a bound for
+    loss and slopes, is not finite: the zero annihilates it, in the loss and in every gradient.
     """
     if weight is None:
         return where
-    keep = (weight != 0) | jnp.isfinite(values)
+    keep = (weight != 0) | jnp.isfinite(size)
     return keep if where is None else keep & where
 
 
@@ -50,7 +50,10 @@ def reduce_loss(
     reduction: Reduction,
     axes: tuple[int, ...],
 ) -> jax.Array:
-    """`loss`, already weighted, without what is not kept, reduced over `axes`.
+    """`loss`, already weighted, without what `keep` leaves out, reduced over `axes`.
+
+    `where` is the mask of the user, which the divisor counts. `keep` also leaves out what a weight
+    of 0 annihilates, which the divisor still counts.
 
     mean = Σ loss / number of elements where `where` holds; weighted_mean = Σ loss / Σ w over the
     same elements; batchmean = Σ loss / number of entries of the first axis with such an element.
@@ -88,9 +91,13 @@ def inverse(total: jax.Array) -> jax.Array:
 
 
 def over_total(values: jax.Array, total: jax.Array) -> jax.Array:
-    """values / total, or 0, for a total of any size: its gradient has the square of it."""
-    about_one = jax.lax.stop_gradient(inverse(total))
-    return values * about_one * inverse(total * about_one)
+    """values / total, or 0 for a total of 0.
+
+    In two steps, each a division by about the root of the total. In one step the gradient would
+    hold total², which overflows.
+    """
+    root = jax.lax.stop_gradient(inverse(jnp.sqrt(jnp.abs(total))))
+    return values * root * inverse(total * root)
 
 
 def repeats(own: Any, shape: Any, axes: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -123,7 +130,7 @@ def count_true(where: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.Array
 # The divisors of the head. It never holds all losses, so it counts rows and labels.
 
 
-def kept_labels(
+def num_kept(
     where: jax.Array | None, ignored: jax.Array | None, batch: int, num_labels: int, dtype: Any
 ) -> jax.Array | None:
     """How many labels of each row are kept, [batch]; None for all of all rows."""
@@ -135,12 +142,19 @@ def kept_labels(
     kept *= repeats(where.shape, (batch, num_labels), (1,), dtype)
     if ignored is None:
         return jnp.broadcast_to(kept, batch)
-    ids = jnp.sort(ignored, axis=1)
-    first = ids != jnp.pad(ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-    row = jnp.arange(batch)[:, None] if where.shape[0] > 1 else 0
-    column = ids if where.shape[1] > 1 else 0
-    otherwise = where.at[row, column].get(mode="fill", fill_value=False)
-    return kept - jnp.sum((ids < num_labels) & first & otherwise, axis=1, dtype=dtype)
+    ids, counts = once_each(ignored, where)
+    return kept - jnp.sum(counts & (ids < num_labels), axis=1, dtype=dtype)
+
+
+def once_each(ids: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """The ids of each row, sorted, and which of them count: no duplicate, nor what is masked."""
+    ids = jnp.sort(ids, axis=-1)
+    counts = jnp.diff(ids, axis=-1, prepend=-1) != 0
+    if where is not None:
+        # `where` is read in its own shape. Broadcast, it would be as large as the dense labels.
+        at = jnp.zeros_like(ids) if where.shape[-1] == 1 else ids
+        counts &= jnp.take_along_axis(where, at, axis=-1, mode="fill", fill_value=False)
+    return ids, counts
 
 
 def row_factor(

@@ -30,7 +30,7 @@ IMPORTS = {
     "_debug": {"_checks"},
     "_reduce": {"_math"},
     "_functions": {"_checks", "_math", "_placement"},
-    "_labels": {"_checks", "_math", "_placement"},
+    "_labels": {"_checks", "_math", "_placement", "_reduce"},
     "_loss": {"_checks", "_labels", "_math", "_placement", "_program", "_reduce"},
     "_losses": {"_checks", "_loss", "_math", "_reduce"},
     "_head": {

@@ -13,7 +13,7 @@ from jaxbce import _checks, _placement
 from jaxbce._head import arguments, chunks
 from jaxbce._head.arguments import Given
 from jaxbce._head.loss import ChunkLoss, built_in_loss, own_loss
-from jaxbce._head.mesh import Devices
+from jaxbce._head.mesh import PlanOptions
 from jaxbce._loss import Loss
 from jaxbce._reduce import Reduction
 
@@ -114,14 +114,14 @@ def linear_bce_with_logits(
     """
     name = "linear_bce_with_logits"
     _checks.check_choice(name, "reduction", reduction, Reduction)
-    devices = Devices.named(
+    options = PlanOptions.checked(
         name, transpose_kernel, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis
     )
     loss, per_label = built_in_loss(pos_weight)
     layer, targets = (features, kernel, bias), (positives, labels)
     given = Given(*layer, *targets, weight, label_smoothing, where, ignored, per_label)
     given = arguments.for_jit(name, loss, given)
-    return _evaluate(given, name=name, reduction=reduction, loss=loss, devices=devices)
+    return _evaluate(given, name=name, reduction=reduction, loss=loss, options=options)
 
 
 def linear_loss(
@@ -207,14 +207,14 @@ def linear_loss(
     """
     name = "linear_loss"
     _checks.check_choice(name, "reduction", reduction, Reduction)
-    devices = Devices.named(
+    options = PlanOptions.checked(
         name, transpose_kernel, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis
     )
     chunk_loss = own_loss(name, loss, per_label, features, kernel)
     layer, targets = (features, kernel, bias), (positives, labels)
     given = Given(*layer, *targets, weight, 0.0, where, ignored, per_label)
     given = arguments.for_jit(name, chunk_loss, given)
-    return _evaluate(given, name=name, reduction=reduction, loss=chunk_loss, devices=devices)
+    return _evaluate(given, name=name, reduction=reduction, loss=chunk_loss, options=options)
 
 
 def _by_row(given: Given, *, reduction: Reduction, **_: Any) -> PartitionSpec:
@@ -231,12 +231,12 @@ def _evaluate(
     name: str,
     reduction: Reduction,
     loss: ChunkLoss,
-    devices: Devices,
+    options: PlanOptions,
 ) -> jax.Array:
     lead, operands, weight, sizes = arguments.prepare(
-        given, name=name, reduction=reduction, loss=loss, transposed=devices.transposed
+        given, name=name, reduction=reduction, loss=loss, transposed=options.transposed
     )
-    plan = devices.over(name, *sizes, loss=loss)
+    plan = options.plan(name, *sizes, loss=loss)
     if reduction != "none":
         return chunks.total_loss(plan, operands)
     rows = chunks.finite_rows(chunks.row_losses(plan, operands), operands)

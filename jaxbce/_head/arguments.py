@@ -86,7 +86,7 @@ def without_unused_rows(
     used = row_kept
     if weight is not None:
         largest = jnp.max(jnp.abs(features), axis=1, initial=0)
-        used = _reduce.kept(largest, weight, row_kept)
+        used = _reduce.enters(largest, weight, row_kept)
     if used is not None:
         features = jnp.where(used[:, None], features, 0)
         weight = None if weight is None else jnp.where(used, weight, 0)
@@ -119,12 +119,12 @@ def prepare(
     if ignored is not None:
         ignored = _checks.positives(name, ignored, num_labels, argument="ignored", rows_of=rows_of)
         ignored = ignored.reshape(batch, ignored.shape[-1])
-    kept = _reduce.kept_labels(where, ignored, batch, num_labels, dtype)
+    num_kept = _reduce.num_kept(where, ignored, batch, num_labels, dtype)
 
     if weight is not None:
         weight = _checks.shaped(name, "weight", weight, lead, "(...,)").astype(dtype)
         weight = weight.reshape(batch)
-    row_kept = None if kept is None else kept != 0  # has a label that no mask leaves out
+    row_kept = None if num_kept is None else num_kept != 0  # has a label that no mask leaves out
     row_counted = _reduce.counted(weight, row_kept)  # nor a weight of 0
     features, weight = without_unused_rows(features, weight, row_kept)
 
@@ -151,7 +151,7 @@ def prepare(
         label_smoothing=_checks.smoothing(name, given.label_smoothing, dtype),
         where=where,
         ignored=ignored,
-        row_factor=_reduce.row_factor(weight, kept, lead, num_labels, dtype, reduction),
+        row_factor=_reduce.row_factor(weight, num_kept, lead, num_labels, dtype, reduction),
         weightless=None if weight is None else weight == 0,
     )
     if isinstance(loss.loss, Loss) and _checks.values_are_checked():  # a function may take any

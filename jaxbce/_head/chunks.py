@@ -51,7 +51,7 @@ class OneDevice:
     loss: ChunkLoss
     transposed: bool  # the kernel is a table, [labels, width]
 
-    def label_axis_of(self, name: str) -> int:
+    def label_dim_of(self, name: str) -> int:
         """The axis that counts the labels, of an operand in LABELLED."""
         if name == "kernel":
             return 0 if self.transposed else 1
@@ -59,7 +59,7 @@ class OneDevice:
 
     def num_labels(self, kernel: jax.Array) -> Any:
         """How many labels this device has; symbolic only under `siglip_loss`."""
-        return kernel.shape[self.label_axis_of("kernel")]
+        return kernel.shape[self.label_dim_of("kernel")]
 
     def first_label(self, kernel: jax.Array) -> jax.Array | int:
         """The id of the first of them."""
@@ -110,7 +110,7 @@ def chunk_logits(
     plan: OneDevice, features: jax.Array, kernel: jax.Array, added: list[jax.Array]
 ) -> jax.Array:
     """The logits of a chunk; `kernel` is in the dtype of the product, `added` [chunk] each."""
-    logits = matmul(features, kernel, 1, 1 - plan.label_axis_of("kernel"))
+    logits = matmul(features, kernel, 1, 1 - plan.label_dim_of("kernel"))
     for each in added:
         logits += each.astype(logits.dtype)[None]
     return logits
@@ -119,7 +119,7 @@ def chunk_logits(
 def chunk_mask(
     operands: Operands, first: jax.Array | int, start: jax.Array | int, size: int
 ) -> jax.Array | None:
-    """What is kept of a chunk that starts at `start`, a label of the id `first`."""
+    """What is kept of `size` labels from `start` on, whose ids count from `first`."""
     keep = operands.where
     if keep is not None and keep.shape[1] != 1:
         keep = part_of(keep, 1, start, size)
@@ -134,13 +134,10 @@ def replaced(elements: dict[str, Any], hidden: jax.Array | None) -> dict[str, An
     if hidden is None:
         return elements
 
-    def harmless(name: str, element: jax.Array) -> jax.Array:
-        return jnp.where(hidden, float(name == "per_label"), element)
+    def harmless(name: str, element: Any) -> Any:
+        return jax.tree.map(lambda a: jnp.where(hidden, float(name == "per_label"), a), element)
 
-    return {
-        name: jax.tree.map(functools.partial(harmless, name), element)
-        for name, element in elements.items()
-    }
+    return {name: harmless(name, element) for name, element in elements.items()}
 
 
 def gradient_dtype(operand: jax.Array) -> Any:
@@ -173,7 +170,7 @@ def sum_of_rows(values: jax.Array, rounded: jax.Array) -> jax.Array:
     exact as the gradient of the kernel.
     """
 
-    def exact(values: jax.Array, rounded: jax.Array) -> jax.Array:
+    def exact(values: jax.Array, _: jax.Array) -> jax.Array:
         return jnp.sum(values, axis=0)
 
     def of_rounded(values: jax.Array, rounded: jax.Array) -> jax.Array:
@@ -198,23 +195,24 @@ def chunk_pass(
     """What `size` labels from `start` add to the loss of each row, and their gradients.
 
     `first_label` is the id of the label 0 of these operands. The gradients are in the dtype of the
-    arithmetic. Only the labels that are `due` count. `layer` has the kernel and bias of these
-    labels, if they are not those of the operands.
+    arithmetic. `due` [size] is False for labels that an earlier chunk has counted already. `layer`
+    replaces the kernel and bias of these labels: `linear_update` reads them from the arrays that it
+    is writing.
     """
 
     def part(name: str) -> Any:
         if layer is not None and name in layer:
             return layer[name]
-        axis = plan.label_axis_of(name)
+        axis = plan.label_dim_of(name)
         return jax.tree.map(lambda a: part_of(a, axis, start, size), getattr(operands, name))
 
     id_of_start = first_label + start
-    kernel, bias, labels_at = part("kernel"), part("bias"), plan.label_axis_of("kernel")
+    kernel, bias, label_dim = part("kernel"), part("bias"), plan.label_dim_of("kernel")
     keep = chunk_mask(operands, id_of_start, start, size)
     weightless = None if operands.weightless is None else operands.weightless[:, None]
     added = [] if bias is None else [bias]
     if keep is not None or weightless is not None:
-        kernel, mark = without_nan(kernel, 1 - labels_at)
+        kernel, mark = without_nan(kernel, 1 - label_dim)
         added.append(mark)
     kernel = kernel.astype(operands.features.dtype)
     logits = chunk_logits(plan, operands.features, kernel, added)
@@ -238,6 +236,8 @@ def chunk_pass(
 
     if due is not None:
         keep = due[None] if keep is None else keep & due[None]
+    # masked: left out by the user, with a loss of 0. annihilated: not finite, in a row of weight 0.
+    # hidden: either. What is hidden is replaced before the loss sees it.
     masked = None if keep is None else ~keep
     hidden, annihilated = masked, None
     if weightless is not None:
@@ -251,11 +251,11 @@ def chunk_pass(
         # Replaced before anything is computed of them, so that no NaN reaches a derivative.
         losses = smoothed_loss(replaced(elements, hidden))
         if annihilated is not None:
-            losses = jnp.where(annihilated, jnp.inf, losses)  # `finite_rows` makes 0 of such a row
+            losses = jnp.where(annihilated, jnp.inf, losses)  # for `finite_rows`, which makes it 0
         return losses if masked is None else jnp.where(masked, 0, losses)
 
-    # Also where no gradient is wanted: the rule of a loss for reverse mode alone is then applied,
-    # and what is left has a derivative in forward mode.
+    # Also without gradients. A built-in loss has a rule for reverse mode only. Once it is applied,
+    # what is left can be differentiated in forward mode.
     losses, pullback = jax.vjp(masked_loss, elements)
     by_row = jnp.sum(losses, axis=1)
     if not with_gradients:
@@ -268,7 +268,7 @@ def chunk_pass(
     by_logit = jax.lax.optimization_barrier(by_element["logits"].astype(kernel.dtype))
     factors = (by_logit, operands.features) if plan.transposed else (operands.features, by_logit)
     gradients: Gradients = {
-        "features": matmul(by_logit, kernel, 1, labels_at),
+        "features": matmul(by_logit, kernel, 1, label_dim),
         "kernel": matmul(factors[0], factors[1], 0, 0),
     }
     if operands.bias is not None:
@@ -308,17 +308,14 @@ def full_pass(
         """A gradient with that of a chunk written into it, or added to it."""
         if name not in LABELLED:
             return gradient + part
-        axis = plan.label_axis_of(name)
+        axis = plan.label_dim_of(name)
         return jax.tree.map(lambda array, own: write(array, axis, own, start), gradient, part)
 
-    def empty(name: str, part: jax.Array) -> jax.Array:
-        shape = list(part.shape)
-        if name in LABELLED:
-            shape[plan.label_axis_of(name)] = num_labels
-        return jnp.zeros(shape, part.dtype)
+    def empty(part: jax.Array, operand: jax.Array) -> jax.Array:
+        return jnp.zeros(operand.shape, part.dtype)
 
     gradients = {
-        name: put(name, jax.tree.map(functools.partial(empty, name), part), part, start)
+        name: put(name, jax.tree.map(empty, part, getattr(operands, name)), part, start)
         for name, part in parts.items()
     }
 

@@ -39,16 +39,22 @@ class ChunkLoss:
         return losses.astype(logits.dtype)
 
     def row(self, logits: jax.Array, labels: jax.Array, *per_label: jax.Array) -> jax.Array:
-        """Row by row, so that the slope of what all rows share can be masked in each of them."""
+        """One row. What all rows share, `per_label`, has a gradient of its own in each of them.
+
+        So that can be masked before it is summed.
+        """
         return self.loss(logits[None], labels[None], *per_label)[0]
 
     def check_sizes(self, rows: int, labels: int, dtype: Any) -> None:
-        """A function that asks for a size must do the same at those that are run."""
+        """Refuses a function that does something else for these sizes than for those of the proof.
+
+        It runs row by row, so it must also do the same for one row as for all.
+        """
         read = functools.partial(_read, self.name, self.loss)
         one_row, all_ = (read(each, labels, len(self.per_label), dtype) for each in (1, rows))
-        if not _program.is_same(self.program, all_, in_shapes=rows != 1 and labels != 1):
+        if not _program.is_same(self.program, all_, exact=rows != 1 and labels != 1):
             raise _mixes(self.name, "labels or rows", "what depends on their number")
-        if not _program.is_same(one_row, all_, in_shapes=False):
+        if not _program.is_same(one_row, all_, exact=False):
             raise _mixes(self.name, "rows", "what depends on their number")
 
 

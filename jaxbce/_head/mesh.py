@@ -15,10 +15,6 @@ from jaxbce._head.chunks import OneDevice
 Axis = str | tuple[str, ...] | None  # of a mesh; in a tuple the last is the finest
 
 
-def names_of(axis: Axis) -> tuple[str, ...]:
-    return axis if isinstance(axis, tuple) else () if axis is None else (axis,)
-
-
 @dataclasses.dataclass(frozen=True)
 class OnMesh(OneDevice):
     """A pass over labels sharded over `label_axis` and rows sharded over `batch_axis`."""
@@ -64,7 +60,7 @@ class OnMesh(OneDevice):
         """Summed over the axes of the mesh that split the work but not the result."""
         spec = self.specs()[name]
         axes = [axis for axis in (self.batch_axis, self.label_axis) if axis not in spec]
-        names = sum(map(names_of, axes), ())
+        names = sum(map(_placement.names_of, axes), ())
         return jax.lax.psum(part, names) if names else part
 
     def run(
@@ -96,18 +92,18 @@ class OnMesh(OneDevice):
 
 
 @dataclasses.dataclass(frozen=True)
-class Devices:
-    """What a user says of kernel, chunks and devices; `over` makes of it how a pass is run."""
+class PlanOptions:
+    """What a user says of kernel, chunks and devices. `plan` makes of it how a pass is run."""
 
     transposed: bool
     chunk_size: int | None
     mesh: Mesh | None
-    axes: tuple[tuple[str, Axis], ...]  # of rows and, if there is a second, labels
+    axes: tuple[tuple[str, Axis], ...]  # argument and axis for rows and labels, or one for both
 
     @classmethod
-    def named(
+    def checked(
         cls, name: str, transposed: bool, chunk_size: int | None, mesh: Mesh | None, **axes: Axis
-    ) -> "Devices":
+    ) -> "PlanOptions":
         """`axes`: the arguments that name the axes of the mesh for rows and labels."""
         if not isinstance(transposed, bool):
             raise TypeError(f"{name}: transpose_kernel must be True or False, got {transposed!r}")
@@ -126,7 +122,7 @@ class Devices:
             )
         seen = list[str]()
         for argument, axis in axes.items():
-            for one in names_of(axis):
+            for one in _placement.names_of(axis):
                 if mesh is not None and one not in mesh.axis_names:
                     raise ValueError(
                         f"{name}: {argument} must be an axis of the mesh, one of "
@@ -141,7 +137,7 @@ class Devices:
                 seen.append(one)
         return cls(transposed, chunk_size, mesh, tuple(axes.items()))
 
-    def over(
+    def plan(
         self,
         name: str,
         rows: int,
@@ -150,10 +146,9 @@ class Devices:
         loss: Any = None,
         kind: type[OnMesh] | None = None,
     ) -> OneDevice:
-        """How to run over so many rows and labels; several devices as `kind` says."""
-        both = (*self.axes, self.axes[-1])
-        own_rows, batch_axis = self._share(name, *both[0], rows)
-        own_labels, label_axis = self._share(name, *both[1], labels)
+        """How to run over so many rows and labels; on several devices as a `kind` of plan."""
+        own_rows, batch_axis = self._share(name, *self.axes[0], rows)
+        own_labels, label_axis = self._share(name, *self.axes[-1], labels)
         if self.chunk_size is not None and not isinstance(labels, int):
             raise ValueError(
                 f"{name}: chunk_size must be None where the number of labels is symbolic, got "
@@ -176,7 +171,7 @@ class Devices:
     def _share(self, name: str, argument: str, axis: Axis, size: int) -> tuple[int, Axis]:
         """What one device has of `size`, and the axes that share it, of more than one device."""
         shape = {} if self.mesh is None else self.mesh.shape
-        sharing = tuple(one for one in names_of(axis) if shape[one] > 1)
+        sharing = tuple(one for one in _placement.names_of(axis) if shape[one] > 1)
         devices = math.prod(shape[one] for one in sharing)
         if size % devices:
             masks = {"linear_top_k": "a bias of -inf", "siglip_loss": "ignored"}

@@ -28,7 +28,7 @@ class Layout(NamedTuple):
         return jax.tree.unflatten(self.structure, leaves)
 
 
-def label_axes(params: dict[str, Any], transposed: bool) -> dict[str, int]:
+def label_dims(params: dict[str, Any], transposed: bool) -> dict[str, int]:
     """The axis of each parameter that counts the labels."""
     return {name: 0 if transposed else array.ndim - 1 for name, array in params.items()}
 
@@ -59,7 +59,7 @@ def layout_of(name: str, optimizer: Any, params: Any, opt_state: Any, transposed
             f"{name}: kernel must have two axes, of features and labels, got "
             f"{arrays['kernel'].shape}"
         )
-    param_axes = label_axes(arrays, transposed)
+    param_axes = label_dims(arrays, transposed)
     num_labels = arrays["kernel"].shape[param_axes["kernel"]]
     own, wider = (
         jax.eval_shape(init, {n: _shaped(a, param_axes[n], number) for n, a in arrays.items()})

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbce import _placement
 from jaxbce._head import chunks
-from jaxbce._head.mesh import OnMesh, names_of
+from jaxbce._head.mesh import OnMesh
 
 
 class OnRing(OnMesh):
@@ -23,7 +24,7 @@ class OnRing(OnMesh):
 
         It counts devices in the order of the axes of the mesh, whatever the order of the names.
         """
-        names = names_of(self.label_axis)
+        names = _placement.names_of(self.label_axis)
         order = sorted(range(len(names)), key=lambda i: self.mesh.axis_names.index(names[i]))
         shape = [self.mesh.shape[name] for name in names]
         labels = np.arange(math.prod(shape)).reshape(shape).transpose(order).ravel()

@@ -14,13 +14,14 @@ ROUNDED = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
 def check(name: str, key: Any, params: Any, opt_state: Any) -> None:
     """That the state holds its numbers, and that there is something to round with a key."""
-    if short := [leaf for leaf in jax.tree.leaves(opt_state) if is_narrow(leaf, 2)]:
+    if short := [leaf for leaf in jax.tree.leaves(opt_state) if is_float_below(leaf, 16)]:
         raise TypeError(
             f"{name}: opt_state must be of 16 bits or more, got {jax.typeof(short[0]).dtype}, in "
             "which most moments are 0; make it with optimizer.init of parameters in float32, "
             "jax.tree.map(lambda array: array.astype(jax.numpy.float32), params)"
         )
-    if key is not None and not any(map(is_narrow, jax.tree.leaves((params, opt_state)))):
+    leaves = jax.tree.leaves((params, opt_state))
+    if key is not None and not any(is_float_below(leaf, 32) for leaf in leaves):
         raise ValueError(
             f"{name}: rounding_key is for parameters or state of less than 32 bits, got "
             f"{params['kernel'].dtype} and no such state; leave it out"
@@ -34,10 +35,10 @@ def check(name: str, key: Any, params: Any, opt_state: Any) -> None:
         ) from error
 
 
-def is_narrow(array: Any, wide: int = 4) -> bool:
-    """Whether an array is of floats of less than `wide` bytes."""
+def is_float_below(array: Any, bits: int) -> bool:
+    """Whether an array is of floats of less than so many bits."""
     dtype = jax.typeof(array).dtype
-    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < wide
+    return jnp.issubdtype(dtype, jnp.floating) and 8 * dtype.itemsize < bits
 
 
 def key_of(key: jax.Array | None, i: jax.Array | int) -> jax.Array | None:
@@ -45,16 +46,16 @@ def key_of(key: jax.Array | None, i: jax.Array | int) -> jax.Array | None:
 
 
 def rounded(new: Any, old: Any, key: jax.Array | None) -> Any:
-    """The arrays `new` in the dtypes of `old`; with a key at random where these are narrow."""
+    """The arrays `new` in the dtypes of `old`: with a key at random, else to the nearest."""
 
-    def rounded(i: int, values: jax.Array, like: jax.Array) -> jax.Array:
+    def one(i: int, values: jax.Array, like: jax.Array) -> jax.Array:
         floating = [jnp.issubdtype(each.dtype, jnp.floating) for each in (values, like)]
         if floating == [True, False]:
             raise ValueError(
                 f"linear_update: optimizer turns state of {like.dtype} into {values.dtype}, whose "
                 f"fractions each step would lose; let its init make {values.dtype}"
             )
-        if key is None or not is_narrow(like):
+        if key is None or not is_float_below(like, 32):
             return values.astype(like.dtype)
         if like.dtype.name not in ROUNDED:
             raise TypeError(
@@ -67,14 +68,15 @@ def rounded(new: Any, old: Any, key: jax.Array | None) -> Any:
                 f"to {like.dtype}, as with mu_dtype or accumulator_dtype; leave that option out, "
                 f"and make the state of parameters in {like.dtype}"
             )
-        # Always the lower half of a float32 is cut off a bfloat16, up to all of it off the others.
+        # A bfloat16 is the upper half of a float32. Of the other formats any number of bits is cut
+        # off, because their exponents are shorter.
         bits = jnp.uint16 if like.dtype == jnp.bfloat16 else jnp.uint32
         noise = jax.random.bits(jax.random.fold_in(key, i), values.shape, bits)
         return round_with(noise, values, like.dtype)
 
     leaves = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
     return jax.tree.unflatten(
-        jax.tree.structure(old), [rounded(i, *pair) for i, pair in enumerate(leaves)]
+        jax.tree.structure(old), [one(i, *pair) for i, pair in enumerate(leaves)]
     )
 
 
@@ -95,7 +97,8 @@ def round_with(noise: jax.Array, values: jax.Array, dtype: Any) -> jax.Array:
     least = max(127 + int(info.minexp), 1)
     new_exponent = jnp.maximum(exponent, least)
     cut = 23 - info.nmant + new_exponent - exponent
-    # Of a number below 2**-8 of the smallest one, so much that 32 random bits are enough.
+    # With more than 31 bits to cut, the number is below 2**-8 of the smallest one. It is shifted so
+    # that 31 random bits still decide, to that precision.
     significand >>= jnp.clip(cut, 31, 62) - 31
     cut = jnp.minimum(cut, 31)
     noise = noise.astype(jnp.uint32) >> (jnp.iinfo(noise.dtype).bits - cut)
@@ -107,9 +110,10 @@ def round_with(noise: jax.Array, values: jax.Array, dtype: Any) -> jax.Array:
 
 
 def with_bits(array: jax.Array, dtype: Any) -> jax.Array:
+    """The same bits, read as `dtype`."""
     return array if array.dtype == dtype else jax.lax.bitcast_convert_type(array, dtype)
 
 
 def as_bits(array: jax.Array) -> jax.Array:
     """An array of float8 as whole numbers."""
-    return with_bits(array, jnp.uint8) if is_narrow(array, 2) else array
+    return with_bits(array, jnp.uint8) if is_float_below(array, 16) else array

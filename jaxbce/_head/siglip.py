@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxbce import _checks, _math, _placement, _reduce
 from jaxbce._head import arguments, chunks
 from jaxbce._head.loss import ChunkLoss
-from jaxbce._head.mesh import Devices
+from jaxbce._head.mesh import PlanOptions
 from jaxbce._head.ring import OnRing
 from jaxbce._losses.bce import BCE
 
@@ -92,7 +92,7 @@ def siglip_loss(
     al. 2019, "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations".
     """
     name = "siglip_loss"
-    devices = Devices.named(name, True, chunk_size, mesh, axis=axis)
+    options = PlanOptions.checked(name, True, chunk_size, mesh, axis=axis)
     arrays = _checks.jit_arguments(
         name,
         image_embeddings=image_embeddings,
@@ -104,7 +104,7 @@ def siglip_loss(
         weight=weight,
         text_bias=text_bias,
     )
-    return _siglip(*arrays, name=name, devices=devices)
+    return _siglip(*arrays, name=name, options=options)
 
 
 @_placement.compiled(result=_placement.replicated)
@@ -119,7 +119,7 @@ def _siglip(
     text_bias: Any,
     *,
     name: str,
-    devices: Devices,
+    options: PlanOptions,
 ) -> jax.Array:
     images = _checks.floating(name, "image_embeddings", image_embeddings)
     if images.ndim != 2:
@@ -152,8 +152,8 @@ def _siglip(
     rows_of = ("image_embeddings", images.shape)
     if ignored is not None:
         ignored = _checks.positives(name, ignored, num_texts, argument="ignored", rows_of=rows_of)
-    kept = _reduce.kept_labels(None, ignored, batch, num_texts, dtype)
-    row_kept = None if kept is None else kept != 0
+    num_kept = _reduce.num_kept(None, ignored, batch, num_texts, dtype)
+    row_kept = None if num_kept is None else num_kept != 0
     if positives is None:
         positives = jnp.arange(batch, dtype=jnp.int32)[:, None]
     row_counted = _reduce.counted(weight, row_kept)
@@ -171,5 +171,5 @@ def _siglip(
         row_factor=_reduce.row_factor(weight, None, (batch,), num_texts, dtype, "batchmean"),
         weightless=None if weight is None else weight == 0,
     )
-    plan = devices.over(name, batch, num_texts, loss=ChunkLoss(BCE), kind=OnRing)
+    plan = options.plan(name, batch, num_texts, loss=ChunkLoss(BCE), kind=OnRing)
     return chunks.total_loss(plan, _placement.vary_together(operands))

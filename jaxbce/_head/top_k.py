@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxbce import _checks, _placement
 from jaxbce._head import arguments
 from jaxbce._head.chunks import OneDevice, chunk_logits, part_of
-from jaxbce._head.mesh import Devices, OnMesh
+from jaxbce._head.mesh import OnMesh, PlanOptions
 
 Candidates = tuple[jax.Array, jax.Array]  # logits of each row and their labels
 
@@ -79,14 +79,14 @@ def linear_top_k(
     Source: `jax.lax.top_k`, merged over chunks.
     """
     name = "linear_top_k"
-    devices = Devices.named(
+    options = PlanOptions.checked(
         name, transpose_kernel, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis
     )
     arrays = _checks.jit_arguments(name, features=features, kernel=kernel, bias=bias)
     shape = getattr(arrays[1], "shape", None) or (None,)
     num_labels = shape[0 if transpose_kernel else -1]
     _checks.check_size(name, "k", k, num_labels if isinstance(num_labels, int) else None)
-    return _top_k(*arrays, name=name, k=k, devices=devices)
+    return _top_k(*arrays, name=name, k=k, options=options)
 
 
 @_placement.compiled(result=_placement.by_row, results=2)
@@ -97,14 +97,14 @@ def _top_k(
     *,
     name: str,
     k: int,
-    devices: Devices,
+    options: PlanOptions,
 ) -> tuple[jax.Array, jax.Array]:
     features, kernel, bias, num_labels = arguments.prepare_layer(
-        name, features, kernel, bias, devices.transposed
+        name, features, kernel, bias, options.transposed
     )
     lead = features.shape[:-1]
     features = features.reshape(math.prod(lead), features.shape[-1])
-    plan = devices.over(name, features.shape[0], num_labels)
+    plan = options.plan(name, features.shape[0], num_labels)
     layer = Layer(features, kernel, bias)
     if isinstance(plan, OnMesh):
         values, ids = best_of_devices(plan, k, layer)
@@ -122,7 +122,7 @@ def best(values: jax.Array, ids: jax.Array, k: int) -> Candidates:
 def top_k_pass(plan: OneDevice, layer: Layer, k: int) -> Candidates:
     """The k highest logits of each row and their labels; of equal ones, the lowest label first."""
     features, kernel, bias = layer
-    axis = plan.label_axis_of("kernel")
+    axis = plan.label_dim_of("kernel")
     num_labels, chunk_size = plan.num_labels(kernel), max(plan.chunk_size, k)
     whole = max(num_labels // chunk_size - 1, 0)
     first = num_labels - whole * chunk_size

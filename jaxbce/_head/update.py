@@ -16,7 +16,7 @@ from jaxbce._head import arguments, chunks, optimizers, rounding
 from jaxbce._head.arguments import Given
 from jaxbce._head.chunks import OneDevice
 from jaxbce._head.loss import ChunkLoss, built_in_loss, own_loss
-from jaxbce._head.mesh import Devices, OnMesh
+from jaxbce._head.mesh import OnMesh, PlanOptions
 from jaxbce._loss import Loss
 from jaxbce._reduce import ScalarReduction
 
@@ -143,7 +143,7 @@ def linear_update(
     """
     name = "linear_update"
     _checks.check_choice(name, "reduction", reduction, ScalarReduction)
-    devices = Devices.named(
+    options = PlanOptions.checked(
         name, transpose_kernel, chunk_size, mesh, batch_axis=batch_axis, label_axis=label_axis
     )
     smoothing = _checks.fraction_or_none(name, "label_smoothing", label_smoothing)
@@ -174,7 +174,7 @@ def linear_update(
         loss=chunk_loss,
         optimizer=optimizer,
         layout=layout,
-        devices=devices,
+        options=options,
     )
 
 
@@ -205,17 +205,17 @@ def _update(
     loss: ChunkLoss,
     optimizer: Any,
     layout: optimizers.Layout,
-    devices: Devices,
+    options: PlanOptions,
 ) -> LinearUpdate:
     _, operands, _, (batch, num_labels) = arguments.prepare(
-        given, name=name, reduction=reduction, loss=loss, transposed=devices.transposed
+        given, name=name, reduction=reduction, loss=loss, transposed=options.transposed
     )
     params = {"kernel": operands.kernel}
     if operands.bias is not None:
         params["bias"] = operands.bias
     opt_state = jax.tree.map(jnp.asarray, opt_state)
-    plan = devices.over(name, batch, num_labels, loss=loss)
-    axes = optimizers.label_axes(params, devices.transposed)
+    plan = options.plan(name, batch, num_labels, loss=loss)
+    axes = optimizers.label_dims(params, options.transposed)
     other = plan.chunk_size if plan.chunk_size < num_labels else num_labels + 1
     optimizers.check_by_label(name, optimizer, layout, params, axes, opt_state, other)
 
@@ -224,7 +224,8 @@ def _update(
         params, state = parts
         params, state = optimizers.step(optimizer, gradients, params, layout.join(state, others))
         state, new_others = layout.split(state)
-        # The rest of the state is the same for all chunks: its key is that of no label.
+        # The rest of the state is the same for all chunks. So is its key: that of a label after the
+        # last one.
         return (
             rounding.rounded((params, state), parts, rounding.key_of(key, start)),
             rounding.rounded(new_others, others, rounding.key_of(key, num_labels)),
@@ -247,7 +248,7 @@ def _update(
         return *sums, jax.tree.map(rounding.with_bits, arrays, by_label.dtypes), others
 
     local = by_values
-    if any(rounding.is_narrow(array, 2) for array in params.values()):
+    if any(rounding.is_float_below(array, 16) for array in params.values()):
         # XLA on a CPU would convert all of the kernel to float16 and back for each chunk.
         local = functools.partial(jax.lax.platform_dependent, cpu=by_bits, default=by_values)
     if isinstance(plan, OnMesh):
@@ -283,19 +284,19 @@ class ByLabel(NamedTuple):
         return jax.tree.map(part, self.arrays, self.axes, self.dtypes)
 
     def written(self, parts: Any, start: jax.Array | int) -> ByLabel:
-        def written(array: jax.Array, axis: int, part: jax.Array) -> jax.Array:
+        def one(array: jax.Array, axis: int, part: jax.Array) -> jax.Array:
             return chunks.write(array, axis, rounding.with_bits(part, array.dtype), start)
 
-        return self._replace(arrays=jax.tree.map(written, self.arrays, self.axes, parts))
+        return self._replace(arrays=jax.tree.map(one, self.arrays, self.axes, parts))
 
     def chosen(self, labels: jax.Array, new: Any, old: Any) -> Any:
         """The `new` parts of some `labels`, and the `old` ones of the others."""
 
-        def chosen(new: jax.Array, axis: int, old: jax.Array) -> jax.Array:
+        def one(new: jax.Array, axis: int, old: jax.Array) -> jax.Array:
             others = [i for i in range(new.ndim) if i != axis]
             return jnp.where(jnp.expand_dims(labels, others), new, old)
 
-        return jax.tree.map(chosen, new, self.axes, old)
+        return jax.tree.map(one, new, self.axes, old)
 
 
 def update_pass(
@@ -308,8 +309,9 @@ def update_pass(
 ) -> tuple[jax.Array, jax.Array, Any, Any]:
     """The loss of each row, the gradient of the features, and what `by_label` and others become.
 
-    A chunk is written one turn after it was read, and waits in the loop's carry. So no array is
-    read after it is written in the same turn, which would make XLA copy the whole of it.
+    Each turn first writes the chunk of the turn before, then reads its own chunk from the result.
+    Nobody needs an array as it was before the write, so XLA writes in place. If a turn read and
+    wrote one chunk, XLA would copy the whole array.
     """
     chunk_size, num_labels = plan.chunk_size, plan.num_labels(operands.kernel)
     first_label = plan.first_label(operands.kernel)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxbce import _checks, _placement
+from jaxbce import _checks, _placement, _reduce
 from jaxbce._labels import ids as _ids
 
 
@@ -195,14 +195,8 @@ def _sparse_counts(
 
 def _rows_with(ids: jax.Array, where: Any, num_labels: int) -> jax.Array:
     """For each label the number of rows whose `ids` have it, where it is kept."""
-    # In sorted ids a duplicate follows its twin.
-    ids = jnp.sort(ids, axis=-1)
-    counted = jnp.diff(ids, axis=-1, prepend=-1) != 0
-    if where is not None:
-        # `where` is read in its own shape. Broadcast, it would be as large as the dense labels.
-        at = jnp.zeros_like(ids) if where.shape[-1] == 1 else ids
-        counted &= jnp.take_along_axis(where, at, axis=-1, mode="fill", fill_value=False)
-    ids = jnp.where(counted, ids, num_labels)
+    ids, counts = _reduce.once_each(ids, where)
+    ids = jnp.where(counts, ids, num_labels)
     # Ones are added one after another: a float32 would stop at 2^24, a uint32 at 2^32.
     return jnp.zeros(num_labels, jnp.uint32).at[ids].add(1, mode="drop")
 
@@ -211,13 +205,9 @@ def _kept_per_label(where: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array
     """How many elements of each label `where`, of the rank of `shape`, keeps."""
     if where is None:
         where = jnp.ones((1,) * len(shape), bool)
-    kept = jnp.sum(where, axis=tuple(range(where.ndim - 1)), dtype=jnp.uint32).astype(dtype)
-    # Each element stands for as many as it is broadcast to: a product of floats, because it may
-    # exceed an int32 and a size may be symbolic.
-    for size, own in zip(shape[:-1], where.shape[:-1], strict=True):
-        if own != size:
-            kept *= jnp.asarray(size, dtype)
-    return jnp.broadcast_to(kept, shape[-1:])
+    rows = tuple(range(len(shape) - 1))
+    kept = _reduce.count_true(where, rows, dtype) * _reduce.repeats(where.shape, shape, rows, dtype)
+    return jnp.broadcast_to(kept.reshape(-1), shape[-1:])
 
 
 def _check_positive(name: str, argument: str, value: Any) -> None:

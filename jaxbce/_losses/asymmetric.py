@@ -16,10 +16,10 @@ from jax.typing import ArrayLike
 from jaxbce import _checks, _math
 from jaxbce._loss import Loss, Options, evaluate
 from jaxbce._losses import bce
-from jaxbce._math import WHOLE, multiply_no_nan, product
+from jaxbce._math import WHOLE, multiply_no_nan, multiply_saturated
 from jaxbce._reduce import Reduction
 
-# Asymmetric loss with p and q as above, m = max(p - clip, 0) and n = -log(1 - m):
+# Asymmetric loss, with p = sigmoid(x), q = sigmoid(-x), m = max(p - clip, 0) and n = -log(1 - m):
 #
 #   loss = y q^gamma_pos softplus(-x) + (1 - y) m^gamma_neg n
 #
@@ -29,7 +29,7 @@ from jaxbce._reduce import Reduction
 
 
 @functools.cache
-def sigmoid_power(k: float) -> _math.Kernel:
+def sigmoid_power(k: float) -> _math.ScalarFn:
     """p^k"""
 
     def value(x: jax.Array) -> jax.Array:
@@ -66,7 +66,7 @@ def clipped(x: jax.Array, clip: float) -> tuple[jax.Array, jax.Array]:
 
 
 @functools.cache
-def clipped_power(k: float, clip: float) -> _math.Kernel:
+def clipped_power(k: float, clip: float) -> _math.ScalarFn:
     """m^k"""
 
     def value(x: jax.Array) -> jax.Array:
@@ -82,7 +82,7 @@ def clipped_power(k: float, clip: float) -> _math.Kernel:
 
 
 @functools.cache
-def inverse_of_rest(clip: float) -> _math.Kernel:
+def inverse_of_rest(clip: float) -> _math.ScalarFn:
     """1 / (q + clip)"""
 
     def value(x: jax.Array) -> jax.Array:
@@ -96,7 +96,7 @@ def inverse_of_rest(clip: float) -> _math.Kernel:
 
 
 @functools.cache
-def clipped_softplus(clip: float) -> _math.Kernel:
+def clipped_softplus(clip: float) -> _math.ScalarFn:
     """n"""
 
     def value(x: jax.Array) -> jax.Array:
@@ -114,7 +114,7 @@ def clipped_softplus(clip: float) -> _math.Kernel:
 @functools.cache
 def asymmetric(
     gamma_neg: float, gamma_pos: float, clip: float, stop_focus_gradient: bool
-) -> _math.Kernel:
+) -> _math.ScalarFn:
     def loss(x: jax.Array, y: jax.Array) -> jax.Array:
         focus, focus_neg = sigmoid_power(gamma_pos)(-x), sigmoid_power(gamma_neg)(x)
         cross_entropy_neg = _math.softplus(x)
@@ -123,12 +123,12 @@ def asymmetric(
             cross_entropy_neg = clipped_softplus(clip)(x)
         if stop_focus_gradient:
             focus, focus_neg = lax.stop_gradient((focus, focus_neg))
-        positive = product(focus, _math.softplus(-x))
+        positive = multiply_saturated(focus, _math.softplus(-x))
         return multiply_no_nan(y, positive) + multiply_no_nan(
-            1 - y, product(focus_neg, cross_entropy_neg)
+            1 - y, multiply_saturated(focus_neg, cross_entropy_neg)
         )
 
-    return _math.rematerialised(loss, _math.recomputed)
+    return _math.rematerialised(loss, _math.hidden_identity)
 
 
 def asymmetric_loss(

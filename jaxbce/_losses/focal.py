@@ -13,9 +13,9 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxbce import _checks, _math
-from jaxbce._loss import Loss, Options, evaluate, magnitude, undefined_outside
+from jaxbce._loss import Loss, Options, evaluate, size_bound, undefined_outside
 from jaxbce._losses import bce
-from jaxbce._math import WHOLE, multiply_no_nan, multiply_no_nan_value, product
+from jaxbce._math import WHOLE, multiply_no_nan, multiply_no_nan_value, multiply_saturated
 from jaxbce._reduce import Reduction
 
 # Focal loss with p = sigmoid(x), q = sigmoid(-x), m = 1 - p_t = (1 - y) p + y q and c the binary
@@ -29,7 +29,7 @@ from jaxbce._reduce import Reduction
 #   ∂m/∂x = (1 - 2 y) p q   ∂(p q)/∂x = -(p - q) p q   ∂c/∂x = s    ∂s/∂x = p q
 #   ∂m/∂y = -(p - q)        ∂(p q)/∂y = 0              ∂c/∂y = -x   ∂s/∂y = -1
 
-FACTORS: dict[str, _math.Kernel] = {
+FACTORS: dict[str, _math.ScalarFn] = {
     "c": bce.value,
     "s": _math.sigmoid_minus_value,
     "x": lambda x, y: x,
@@ -59,14 +59,14 @@ def log_m_value(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def log_m_partials(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     by_x = (1 - 2 * y) * focal_term(-1, 1, "1")(x, y, None)
-    return by_x, -product(_math.tanh_half(x), focal_term(-1, 0, "1")(x, y, None))
+    return by_x, -multiply_saturated(_math.tanh_half(x), focal_term(-1, 0, "1")(x, y, None))
 
 
 log_m = _math.with_jvp(log_m_value, log_m_partials)
 
 
 @functools.cache
-def focal_term(k: float, j: int, f: str) -> _math.Kernel:
+def focal_term(k: float, j: int, f: str) -> _math.ScalarFn:
     """m^(k + g) (p q)^j f of x, y and g; a g of None is 0."""
 
     def value(x: jax.Array, y: jax.Array, g: jax.Array | None) -> jax.Array:
@@ -105,23 +105,23 @@ def focal_term(k: float, j: int, f: str) -> _math.Kernel:
         if g is not None or k:
             exponent = k if g is None else k + g
             by_x += exponent * (1 - 2 * y) * term(k - 1, j + 1, f)
-            by_y += exponent * product(minus_tanh, term(k - 1, j, f))
+            by_y += exponent * multiply_saturated(minus_tanh, term(k - 1, j, f))
         if j:
-            by_x += j * product(minus_tanh, term(k, j, f))
+            by_x += j * multiply_saturated(minus_tanh, term(k, j, f))
         if f in BY_X:
             more, g_x = BY_X[f]
             by_x += term(k, j + more, g_x)
         if f in MINUS_BY_Y:
             by_y -= term(k, j, MINUS_BY_Y[f])
         if g is not None:
-            by_g = product(log_m(x, y), term(k, j, f))
+            by_g = multiply_saturated(log_m(x, y), term(k, j, f))
         return by_x, by_y, by_g
 
     return _math.with_jvp(value, partials)
 
 
 @functools.cache
-def focal(gamma: float | None) -> _math.Kernel:
+def focal(gamma: float | None) -> _math.ScalarFn:
     """The loss of x, y, alpha and g; gamma is None where it is the array g."""
     power = focal_term(gamma or 0, 0, "c")
 
@@ -132,15 +132,15 @@ def focal(gamma: float | None) -> _math.Kernel:
             return power(x, y, g)
         return multiply_no_nan((1 - alpha) * (1 - y) + alpha * y, power(x, y, g))
 
-    return _math.rematerialised(loss, _math.recomputed)
+    return _math.rematerialised(loss, _math.hidden_identity)
 
 
 @functools.cache
-def bound_of(gamma: float) -> _math.Kernel:
+def bound_of(gamma: float) -> _math.ScalarFn:
     """The slope of the slope by a label is up to 4 gamma (gamma - 1) times the loss."""
 
     def bound(x: jax.Array, y: jax.Array, *others: jax.Array) -> jax.Array:
-        return undefined_outside(y, magnitude(x, y, *others, 4 * (1 + gamma) ** 2))
+        return undefined_outside(y, size_bound(x, y, *others, 4 * (1 + gamma) ** 2))
 
     return bound
 

@@ -96,10 +96,7 @@ def without_unused_rows(
 def prepare(
     given: Given, *, name: str, reduction: Reduction, loss: ChunkLoss, transposed: bool
 ) -> tuple[tuple[int, ...], chunks.Operands, jax.Array | None, tuple[int, int]]:
-    """The leading axes of the rows, the operands, the weight of each row, and how many there are.
-
-    The last are the numbers of rows and labels.
-    """
+    """Leading axes of the rows, operands, weight [batch], (number of rows, number of labels)."""
     features, kernel, bias, num_labels = prepare_layer(
         name, given.features, given.kernel, given.bias, transposed
     )

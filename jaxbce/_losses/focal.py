@@ -137,7 +137,10 @@ def focal(gamma: float | None) -> _math.ScalarFn:
 
 @functools.cache
 def bound_of(gamma: float) -> _math.ScalarFn:
-    """The slope of the slope by a label is up to 4 gamma (gamma - 1) times the loss."""
+    """The slope of the slope by a label is up to 4 gamma (gamma - 1) times the loss.
+
+    A gamma that is an array is counted once, as every parameter. That differs from gamma = 1e19 on.
+    """
 
     def bound(x: jax.Array, y: jax.Array, *others: jax.Array) -> jax.Array:
         return undefined_outside(y, size_bound(x, y, *others, 4 * (1 + gamma) ** 2))
@@ -148,7 +151,10 @@ def bound_of(gamma: float) -> _math.ScalarFn:
 def focal_of(
     name: str, alpha: Any, gamma: Any
 ) -> tuple[Loss, dict[str, Any], Callable[..., jax.Array]]:
-    """The loss, the alpha and gamma that it takes, its bound; a known gamma is in its kernel."""
+    """The loss, its array parameters and its bound.
+
+    A gamma known while tracing is a constant of the loss, and None among its parameters.
+    """
     if alpha is not None and _checks.is_static(alpha):
         alpha = _checks.static_number(name, "alpha", alpha, "in [0, 1]", 0, math.nextafter(1, 2))
     exponent = None

@@ -71,12 +71,10 @@ class BCEWithLogitsLoss:
             name, "label_smoothing", self.label_smoothing, "in [0, 1]", 0, above
         )
         arrays = _checks.jit_arguments(name, weight=self.weight, pos_weight=self.pos_weight)
-        for field, value in zip(
-            ("weight", "pos_weight", "label_smoothing"),
-            (*map(_constant, arrays), smoothing),
-            strict=True,
-        ):
-            object.__setattr__(self, field, value)
+        weight, pos_weight = map(_constant, arrays)
+        object.__setattr__(self, "weight", weight)
+        object.__setattr__(self, "pos_weight", pos_weight)
+        object.__setattr__(self, "label_smoothing", smoothing)
 
     def __call__(
         self, logits: ArrayLike, labels: ArrayLike, *, where: ArrayLike | None = None

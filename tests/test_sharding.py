@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from heads import (
     assert_close,
@@ -85,6 +86,60 @@ def test_explicit_axes(layout, placed, rng):
         arguments["kernel"] = jax.device_put(arguments["kernel"], sharding)
     got = value_and_gradients(functools.partial(head, mesh=mesh, chunk_size=4, **axes), arguments)
     assert_close(got, expected)
+
+
+NO_IDS = np.zeros((ROWS, 0), np.int32)
+
+
+def of_ids(name, mesh, **given):
+    """The loss of a function that takes ids, with its kernel on the mesh, if there is one."""
+    on_mesh = {} if mesh is None else {"mesh": mesh, **AXES["both"]}
+    features, kernel = np.full((ROWS, WIDTH), 0.3, np.float32), np.eye(WIDTH, LABELS, 2, np.float32)
+    if mesh is not None:
+        kernel = jax.device_put(kernel, NamedSharding(mesh, PartitionSpec(None, "model")))
+    if name == "siglip_loss":
+        on_ring = {} if mesh is None else {"mesh": mesh, "axis": ("data", "model")}
+        return jaxbce.siglip_loss(features, features, 0.5, -1.0, **given, **on_ring)
+    if name == "linear_update":
+        optimizer, params = optax.sgd(0.1), {"kernel": kernel}
+        state = optimizer.init(params)
+        return jaxbce.linear_update(optimizer, features, params, state, **given, **on_mesh).loss
+    loss = functools.partial(jaxbce.focal_loss, reduction="none")
+    head = {
+        "linear_bce_with_logits": jaxbce.linear_bce_with_logits,
+        "linear_loss": functools.partial(jaxbce.linear_loss, loss),
+    }[name]
+    return head(features, kernel, **given, **on_mesh)
+
+
+every_function_of_ids = pytest.mark.parametrize(
+    "name", ["linear_bce_with_logits", "linear_loss", "linear_update", "siglip_loss"]
+)
+every_kind = pytest.mark.parametrize("kind", list(jax.sharding.AxisType)[:2], ids=str)
+
+
+@every_function_of_ids
+@every_kind
+def test_no_ids(name, kind):
+    """As `positives_from_rows` makes of rows that are all empty, or an optional `ignored`."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), (kind,) * 2)
+    for given in ({"positives": NO_IDS}, {"positives": np.ones((ROWS, 1), int), "ignored": NO_IDS}):
+        assert_close(of_ids(name, mesh, **given), of_ids(name, None, **given))
+
+
+@every_function_of_ids
+@every_kind
+def test_checked(name, kind):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), (kind,) * 2)
+    call, right = functools.partial(of_ids, name, mesh), {"positives": np.full((ROWS, 2), 3)}
+    right["positives"][0] = -1
+    assert_close(jaxbce.checked(call)(**right), call(**right))
+    for wrong in (
+        right | {"ignored": right["positives"] + 30},
+        {"positives": right["positives"] - 5},
+    ):
+        with pytest.raises(ValueError, match=rf"^{name}: (positives|ignored) must be in \[0, "):
+            jaxbce.checked(call)(**wrong)
 
 
 def test_bfloat16_on_a_mesh(mesh, rng):

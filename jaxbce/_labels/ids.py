@@ -64,6 +64,9 @@ def ones_at(
     exists; on a CPU a scatter is faster.
     """
 
+    if ids.shape[-1] == 0:
+        return jnp.zeros((*ids.shape[:-1], num_labels), dtype)
+
     def compared(ids: jax.Array, first: jax.Array) -> jax.Array:
         labels = first + jnp.arange(num_labels, dtype=ids.dtype)
         labels = jnp.expand_dims(labels, range(ids.ndim))

@@ -26,8 +26,8 @@ def _jit_argument(name: str, argument: str, values: Any) -> Any:
     if not isinstance(values, (jax.Array, np.ndarray, np.generic)):
         convertible = isinstance(values, (list, tuple)) or hasattr(values, "__array__")
         remedy = "wrap it in jax.numpy.asarray" if convertible else "pass an array"
-        if convertible and argument in ("positives", "ignored"):
-            remedy += ", its rows padded with -1 to one length"
+        if isinstance(values, (list, tuple)) and argument in ("positives", "ignored"):
+            remedy = f"make one of its rows by jaxbce.positives_from_rows({argument})"
         kind = type(values).__name__
         raise TypeError(f"{name}: {argument} must be an array or a number, got {kind}; {remedy}")
     number = values.dtype == bool or jnp.issubdtype(values.dtype, jnp.number)
@@ -111,15 +111,16 @@ def shaped(name: str, argument: str, values: Any, shape: tuple[int, ...], axes: 
 
 
 def _remedy(argument: str, got: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    """What makes an array of the shape `got` one of `shape`, if only its axes differ."""
     if not got:
         return f"use jax.numpy.broadcast_to({argument}, {shape})"
     if got == shape[::-1]:
         return f"pass {argument}.T"
-    if len(got) != len(shape):
-        return (
-            f"reshape it, for example with {argument}[:, {'0' if len(got) > len(shape) else None}]"
-        )
-    return "all sizes must be equal"
+    indices = {"[..., 0]": (*shape, 1), "[0]": (1, *shape)}
+    fitting = [index for index in indices if got == indices[index]]
+    if shape == (*got, 1):
+        fitting.append("[..., None]")
+    return f"pass {argument}{fitting[0]}" if fitting else "all sizes must be equal"
 
 
 def labels_like(name: str, labels: Any, score_name: str, shape: tuple[int, ...]) -> jax.Array:
@@ -127,7 +128,7 @@ def labels_like(name: str, labels: Any, score_name: str, shape: tuple[int, ...])
     array = real(name, "labels", labels)
     if array.shape == shape:
         return array
-    remedy = "nothing is broadcast, so reshape one of them, for example with labels[:, None]"
+    remedy = f"nothing is broadcast, so {_remedy('labels', array.shape, shape)}"
     if are_class_ids(array, shape):
         remedy = (
             f"class ids become labels by jaxbce.multi_hot(labels[..., None], {shape[-1]}), and "
@@ -164,11 +165,15 @@ def _check_broadcasts(
     """`shape` must broadcast to `target` without enlarging it; either may be symbolic."""
     pairs = zip(shape, target[len(target) - len(shape) :], strict=False)
     if len(shape) > len(target) or any(own not in (1, size) for own, size in pairs):
-        fewer = len(shape) < len(target)
-        per_row = f"one value per row of a (batch, labels) array is {argument}[:, None]"
+        remedy = f"counted from the last axis, each of its sizes must be 1 or that of {against}"
+        if len(shape) > len(target):
+            remedy = "it must have no more axes"
+        elif shape == target[: len(shape)]:
+            axes = ", ".join([":"] * len(shape) + ["None"] * (len(target) - len(shape)))
+            remedy = f"one value per row is {argument}[{axes}]"
         raise ValueError(
             f"{name}: {argument} of shape {shape} does not broadcast to {against} of shape "
-            f"{target}; {per_row if fewer else 'each of its sizes must be 1 or the same'}"
+            f"{target}; {remedy}"
         )
 
 
@@ -178,7 +183,10 @@ def mask(name: str, where: Any, against: str, target: tuple[int, ...]) -> jax.Ar
         return None
     where = jnp.asarray(where)
     if where.dtype != jnp.bool_:
-        raise TypeError(f"{name}: where must be bool, got {where.dtype}; write where != 0")
+        raise TypeError(
+            f"{name}: where must be bool, got {where.dtype}; write where != 0, or weight=where if "
+            "it holds weights"
+        )
     _check_broadcasts(name, "where", where.shape, against, target)
     return jnp.expand_dims(where, range(len(target) - where.ndim))
 
@@ -219,8 +227,21 @@ def positives(
     inside = (ids >= 0) & (ids < num_labels)
     ok = inside if jnp.issubdtype(ids.dtype, jnp.unsignedinteger) else inside | (ids == -1)
     keep = None if keep is None else keep[..., None]
+    if num_labels > 2 and ids.shape[-1] == num_labels:
+        rule = "label ids, not a multi-hot array of zeros and ones"
+        check_values(name, argument, ids, jnp.any(ids > 1) | jnp.any(ids < 0), rule)
     check_values(name, argument, ids, ok, f"in [0, {num_labels}), or -1 for padding", keep)
     return jnp.where(inside, ids, num_labels).astype(jnp.int32)
+
+
+def check_hashable(name: str, argument: str, fn: Any, arrays: str) -> None:
+    try:
+        hash(fn)
+    except TypeError:
+        raise TypeError(
+            f"{name}: {argument} must be hashable, got {type(fn).__name__}; pass its arrays as "
+            f"{arrays}, and make a dataclass with eq=False"
+        ) from None
 
 
 def check_one_of(name: str, **arguments: Any) -> None:
@@ -298,6 +319,11 @@ def static_number(
     """A number that must be known before tracing, with low <= number < high; `valid` says so."""
     if value is None:
         raise TypeError(f"{name}: {argument} must be a number, got None; pass 0.0 for none of it")
+    if np.ndim(value):
+        raise TypeError(
+            f"{name}: {argument} must be one Python number, got an array of shape "
+            f"{np.shape(value)}; all labels share it"
+        )
     if not is_static(value):
         raise TypeError(
             f"{name}: {argument} must be a Python number, known before tracing, got "

@@ -84,6 +84,7 @@ class Loss:
                 f"Loss: fn must be a function of one logit and one label, got "
                 f"{type(self.fn).__name__}"
             )
+        _checks.check_hashable("Loss", "fn", self.fn, "parameters")
         if not isinstance(names, (tuple, list)) or not all(
             isinstance(name, str) and name.isidentifier() for name in names
         ):
@@ -93,7 +94,7 @@ class Loss:
         if taken := [name for name in names if name in Options._fields or names.count(name) > 1]:
             raise ValueError(
                 f"Loss: parameters must have names of their own, got {taken[0]!r}, which is taken; "
-                "rename it in the call of the loss"
+                f"choose another one, such as own_{taken[0]}"
             )
         object.__setattr__(self, "parameters", tuple(names))
 
@@ -138,15 +139,17 @@ class Loss:
         if self.parameters and set(self.parameters) <= named.keys():
             found = {own: named[own] for own in self.parameters}
         else:
-            places = [a for a in others if a.kind in in_place] + variadic * len(self.parameters)
+            # One that has a name and a default is no place for another name, which may be misspelt.
+            places = [a for a in others if a.kind in in_place and a.default is kinds.empty]
+            places += variadic * len(self.parameters)
             found = dict(zip(self.parameters, places, strict=False))
         names = [a.name for a in signature]
         left = [a.name for a in others if a not in found.values() and a.default is kinds.empty]
         if left or len(found) < len(self.parameters):
             raise ValueError(
-                f"{name}: fn must be a function of a logit, a label and the parameters "
-                f"{list(self.parameters)}, got one of the arguments {names}; name "
-                "the others in parameters, or bind them with functools.partial"
+                f"{name}: parameters must be names of arguments of fn, or stand for those without "
+                f"a default in their order, got {list(self.parameters)} and the arguments {names}; "
+                "name the others in parameters too, or bind them with functools.partial"
             )
         if clash := [own for own in found if own in named and found[own] is not named[own]]:
             raise ValueError(
@@ -186,7 +189,8 @@ class Loss:
         number = jax.ShapeDtypeStruct((), _math.accumulator(*arrays))
         scalar = self.mapped(0, given, name)
         remedy = "name it in parameters, and pass it in the call"
-        return _program.of_loss(name, scalar, [number] * (2 + len(given)), remedy)
+        scalars = "a function of one logit and one label, which are numbers and no arrays"
+        return _program.of_loss(name, scalar, [number] * (2 + len(given)), remedy, scalars)
 
 
 def size_bound(*values: Any) -> jax.Array:

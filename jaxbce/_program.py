@@ -71,11 +71,12 @@ def trace(fn: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def of_loss(
-    name: str, loss: Callable[..., jax.Array], arguments: Sequence[Any], remedy: str
+    name: str, loss: Callable[..., jax.Array], arguments: Sequence[Any], remedy: str, kind: str
 ) -> tuple[Equation, ...]:
     """The program of a user's loss, which must return one number per logit, and its derivatives'.
 
-    A rule of a derivative may read what the loss itself does not.
+    A rule of a derivative may read what the loss itself does not. `kind` says to a user whose loss
+    fails what it must be, and `remedy` to one whose loss holds a traced value what to do.
     """
 
     # New functions: of one that it knows, JAX returns the program with the numbers of that time.
@@ -91,7 +92,10 @@ def of_loss(
     def second(*arrays: jax.Array) -> Any:
         return _pull_back(by_all, *arrays)
 
-    traced = trace(value, *arguments)
+    try:
+        traced = trace(value, *arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: loss must be {kind}, got one that fails: {error}") from error
     shapes, expected = [result.shape for result in traced.out_avals], arguments[0].shape
     if shapes != [expected]:
         raise ValueError(

@@ -29,9 +29,15 @@ IDS = np.array([[2], [0], [1], [2]])
         ([0.0], X, {}, TypeError, r"must be an array or a number, got list.*asarray"),
         (X, None, {}, TypeError, r"labels must be an array or a number, got NoneType"),
         (X, X + 0j, {}, TypeError, r"labels must be float, integer or bool, got complex64"),
-        (X, X[0], {}, ValueError, r"labels \(3,\) and .* \(4, 3\); nothing is broadcast.*reshape"),
-        (X[:, :1], X[:, 0], {}, ValueError, r"labels\[:, None\]"),
-        (X[:, :1], IDS[:, 0], {}, ValueError, r"reshape one of them.*labels\[:, None\]"),
+        (
+            X,
+            X[0],
+            {},
+            ValueError,
+            r"labels \(3,\) and .* \(4, 3\); nothing is broadcast.*sizes must",
+        ),
+        (X[:, :1], X[:, 0], {}, ValueError, r"pass labels\[..., None\]"),
+        (X[:, :1], IDS[:, 0], {}, ValueError, r"pass labels\[..., None\]"),
         (
             X,
             IDS[:, 0],
@@ -324,7 +330,10 @@ def test_without_jit_of_numbers(call, number):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.tolist(), "or a number, got list; wrap it in jax.numpy.asarray"),
+        (
+            lambda v: v.tolist(),
+            "or a number, got list; (wrap it in jax.numpy.asarray|.*positives_from_rows)",
+        ),
         (lambda v: "text", "or a number, got str; pass an array"),
         (Series, "or a number, got Series; wrap it in jax.numpy.asarray"),
         (
@@ -461,7 +470,7 @@ def test_clip_none_says_what_turns_it_off():
         (
             lambda: jaxbce.siglip_loss(FEATURES, FEATURES[:3], 0.0, 0.0),
             ValueError,
-            r"text_embeddings must have at least .* got 3 texts .*; repeat texts that images share",
+            r"text_embeddings must have .* got 3 texts .*, with its other copies in ignored",
         ),
         (
             lambda: jaxbce.linear_bce_with_logits(FEATURES, KERNEL, labels=X.T),
@@ -486,7 +495,32 @@ def test_clip_none_says_what_turns_it_off():
         (
             lambda: jaxbce.bce_with_logits(X, X, weight=X[None]),
             ValueError,
-            r"weight of shape \(1, 4, 3\) .* each of its sizes must be 1 or the same",
+            r"weight of shape \(1, 4, 3\) .*; it must have no more axes",
+        ),
+        (
+            lambda: jaxbce.bce_with_logits(X, X, pos_weight=np.ones(4, np.float32)[:2]),
+            ValueError,
+            r"pos_weight of shape \(2,\) .*; counted from the last axis, each of its sizes must",
+        ),
+        (
+            lambda: jaxbce.bce_with_logits(X[..., None], X[..., None], weight=X[:, 0]),
+            ValueError,
+            r"weight of shape \(4,\) .*; one value per row is weight\[:, None, None\]",
+        ),
+        (
+            lambda: jaxbce.bce_with_logits(X[:, 0], X[:, :1]),
+            ValueError,
+            r"labels \(4, 1\) and logits \(4,\); nothing is broadcast, so pass labels\[..., 0\]",
+        ),
+        (
+            lambda: jaxbce.bce_with_logits(X, X.T),
+            ValueError,
+            r"got labels \(3, 4\) and .* pass labels.T",
+        ),
+        (
+            lambda: jaxbce.asymmetric_loss(X, X, gamma_neg=np.ones(3, np.float32)),
+            TypeError,
+            r"gamma_neg must be one Python number, got an array of shape \(3,\); all labels share",
         ),
         (
             lambda: jaxbce.bce_with_logits(X, X, label_smoothing=None),
@@ -511,6 +545,11 @@ def test_clip_none_says_what_turns_it_off():
         "transposed kernel",
         "one weight for all rows",
         "weight of more axes",
+        "pos_weight of another size",
+        "weight per row of three axes",
+        "(N, 1) against (N,)",
+        "transposed labels of a loss",
+        "gamma per label",
         "no smoothing",
         "smoothing on a device",
     ],
@@ -698,6 +737,15 @@ def test_checked_leaves_a_module_as_it_is():
     with pytest.raises(Exception, match="different trace level"):
         jaxbce.checked(nnx.jit(loss))(model)
     np.testing.assert_array_equal(model.kernel[...], before)
+
+
+def test_checked_finds_a_multi_hot_array_in_place_of_ids():
+    """Its zeros and ones are ids too, so nothing else tells."""
+    labels = np.eye(4, 3, dtype=np.int32)
+    right = jaxbce.positives_from_multi_hot(labels)
+    jaxbce.checked(jaxbce.sparse_bce_with_logits)(X, right)
+    with pytest.raises(ValueError, match="positives must be label ids, not a multi-hot array"):
+        jaxbce.checked(jaxbce.sparse_bce_with_logits)(X, labels)
 
 
 def test_checked_probabilities():

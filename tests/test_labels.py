@@ -208,6 +208,11 @@ def test_positives_from_a_matrix_of_scipy(container, kind, rng):
     np.testing.assert_array_equal(got, jaxbce.positives_from_multi_hot(labels, 12))
 
 
+def test_what_the_mask_of_a_row_hides_is_left_out():
+    rows = np.ma.array([[1, 2], [3, 4]], mask=[[False, True], [False, False]])
+    np.testing.assert_array_equal(jaxbce.positives_from_rows(rows), [[1, -1], [3, 4]])
+
+
 def test_scipy_is_not_imported_for_rows():
     text = inspect.getsource(inspect.getmodule(jaxbce.positives_from_rows))
     assert "import scipy" not in text

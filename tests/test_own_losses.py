@@ -266,6 +266,13 @@ def test_a_parameter_is_the_argument_of_its_name(fn, names, drawn):
     np.testing.assert_allclose(head, expected, rtol=1e-6)
 
 
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self, logit, label):
+        return logit - label
+
+
 X = np.zeros((2, 3), np.float32)
 BAD = {
     "no function": (lambda: jaxbce.Loss("bce"), TypeError, "fn must be a function of one logit"),
@@ -276,19 +283,44 @@ BAD = {
     "too few": (
         lambda: jaxbce.Loss(adjusted)(X, X),
         ValueError,
-        r"got one of the arguments .*'log_prior'.*; name the",
+        r"got \[\] and the arguments .*'log_prior'.*; name the others",
     ),
     "required": (lambda: ADJUSTED(X, X), TypeError, "log_prior is a required parameter"),
     "none": (lambda: ADJUSTED(X, X, log_prior=None), TypeError, "log_prior is a required"),
     "place": (
         lambda: jaxbce.Loss(hinge, ("slope", "other"))(X, X, other=1.0),
         ValueError,
-        r"in the order of fn, or all have its names, .*'margin', 'slope'.*rename slope",
+        r"must be names of arguments of fn, .*'slope', 'other'.* and the arguments .*'margin'",
+    ),
+    "misspelt": (
+        lambda: jaxbce.Loss(hinge, ("margn",))(X, X, margn=1.0),
+        ValueError,
+        r"must be names of arguments of fn, .*'margn'",
+    ),
+    "order": (
+        lambda: jaxbce.Loss(lambda x, y, a, b: x, ("b", "c"))(X, X, b=1.0, c=1.0),
+        ValueError,
+        r"in the order of fn, or all have its names, .*rename b",
+    ),
+    "of arrays": (
+        lambda: jaxbce.Loss(lambda x, y: jax.nn.log_softmax(x) * y)(X, X),
+        ValueError,
+        r"must be a function of one logit and one label, which are numbers.* fails: axis -1",
+    ),
+    "branch": (
+        lambda: jaxbce.Loss(lambda x, y: x if y == 1 else -x)(X, X),
+        ValueError,
+        r"must be a function of one logit and one label.* fails: Attempted boolean",
+    ),
+    "not hashable": (
+        lambda: jaxbce.Loss(Unhashable()),
+        TypeError,
+        r"fn must be hashable, got Unhashable; pass its arrays as parameters",
     ),
     "not named": (
         lambda: jaxbce.Loss(later, ("tau",))(X, X, tau=1.0),
         ValueError,
-        r"got one of the arguments .*'log_prior', 'tau'",
+        r"got \['tau'\] and the arguments .*'log_prior', 'tau'",
     ),
     "unknown": (
         lambda: ADJUSTED(X, X, log_prior=1.0, tau=1.0),

@@ -77,13 +77,7 @@ def own_loss(name: str, loss: Any, per_label: Any, *arrays: Any) -> ChunkLoss:
             f"{name}: loss must be a function of (logits, labels, *per_label), or a jaxbce.Loss, "
             f"got {type(loss).__name__}; linear_loss takes it first, linear_update as loss=..."
         )
-    try:
-        hash(loss)
-    except TypeError:
-        raise TypeError(
-            f"{name}: loss must be hashable, got {type(loss).__name__}; pass its arrays as "
-            "per_label, and make a dataclass with eq=False"
-        ) from None
+    _checks.check_hashable(name, "loss", loss, "per_label")
     names = tuple(f"per_label[{i}]" for i in range(len(per_label)))
     if isinstance(loss, Loss):
         if len(per_label) > len(loss.parameters):
@@ -101,15 +95,7 @@ def own_loss(name: str, loss: Any, per_label: Any, *arrays: Any) -> ChunkLoss:
         program = loss.program(name, given, *arrays)
         return ChunkLoss(loss, names, program, name)
     dtype = _math.accumulator(*arrays)
-    try:
-        program = _read(name, loss, 2, 3, len(names), dtype)
-    except (TypeError, ValueError) as error:
-        if str(error).startswith(f"{name}:"):
-            raise
-        raise ValueError(
-            f"{name}: loss must be a function of a chunk of any size, got one that fails for 3 "
-            f"labels: {error}; pass numbers for each label, as a pos_weight, by per_label"
-        ) from error
+    program = _read(name, loss, 2, 3, len(names), dtype)
     _check_elements(name, loss, len(names), dtype, program)
     return ChunkLoss(loss, names, program, name)
 
@@ -122,7 +108,10 @@ def _read(
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     remedy = "pass the value as one of per_label, jax.numpy.full(labels, value)"
     with _checks.value_checks(False):  # a check of values looks at all of them
-        return _program.of_loss(name, loss, arrays, remedy)
+        chunk = (
+            f"a function of a chunk of any size, as {labels} labels, with its arrays by per_label"
+        )
+        return _program.of_loss(name, loss, arrays, remedy, chunk)
 
 
 @functools.lru_cache(maxsize=256)
@@ -141,7 +130,7 @@ def _check_elements(
                 *(_read(name, fn, *size, numbers, dtype) for size in (few, more))
             )
         except (TypeError, ValueError) as error:
-            mixing = f"an array of another size ({error})"
+            mixing = f"an array of another size ({error.__cause__ or error})"
         if mixing is not None:
             raise _mixes(name, axis, mixing or "what depends on their number")
 

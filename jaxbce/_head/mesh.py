@@ -156,8 +156,8 @@ class PlanOptions:
             )
         chunk_size = self.chunk_size or chunks.default_chunk_size(own_rows, own_labels)
         chunk_size = max(min(chunk_size, own_labels), 1)
-        # Checks of values fail inside `jax.shard_map` (jax 0.12). Under `checked` the compiler shares
-        # the work of one device out.
+        # Checks of values fail inside `jax.shard_map` (jax 0.12). Under `checked` the compiler
+        # shares out the work of one device.
         unshared = not (batch_axis or label_axis) or _checks.values_are_checked()
         if self.mesh is None or unshared:
             return OneDevice(chunk_size, loss, self.transposed)

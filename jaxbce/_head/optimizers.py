@@ -168,13 +168,14 @@ def check_by_label(
             "number of axes of a parameter"
         )
     if mixing:
+        by_sum = "; for one that does not, write the product as (a * b).sum(axis=0)"
         raise ValueError(
             f"{name}: optimizer is not known to treat each label apart: its update uses {mixing} "
             "on arrays of labels, as clipping by a global norm, trust ratios, noise and tests for "
             "NaN do; a step that treats labels together needs the whole gradient, so use "
-            "jax.value_and_grad of jaxbce.linear_bce_with_logits or linear_loss with it; for one "
-            "that does not, write a product of matrices as (a * b).sum(axis=0), or take an "
+            "jax.value_and_grad of jaxbce.linear_bce_with_logits or linear_loss with it, or an "
             "optimizer that treats elements independently, as optax.clip does"
+            f"{by_sum if mixing == 'dot_general' else ''}"
         )
 
 

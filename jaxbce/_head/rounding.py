@@ -18,7 +18,8 @@ def check(name: str, key: Any, params: Any, opt_state: Any) -> None:
         raise TypeError(
             f"{name}: opt_state must be of 16 bits or more, got {jax.typeof(short[0]).dtype}, in "
             "which most moments are 0; make it with optimizer.init of parameters in float32, "
-            "jax.tree.map(lambda array: array.astype(jax.numpy.float32), params)"
+            "jax.tree.map(lambda array: array.astype(jax.numpy.float32), params); an nnx.Optimizer "
+            "takes a transformation whose init does so"
         )
     leaves = jax.tree.leaves((params, opt_state))
     if key is not None and not any(is_float_below(leaf, 32) for leaf in leaves):

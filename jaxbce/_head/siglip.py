@@ -136,8 +136,8 @@ def _siglip(
     if num_texts < batch:
         raise ValueError(
             f"{name}: text_embeddings must have at least as many rows as image_embeddings, got "
-            f"{num_texts} texts and {batch} images; repeat texts that images share, or append "
-            "texts of another batch"
+            f"{num_texts} texts and {batch} images; append texts of another batch, or repeat a "
+            "text that images share, with its other copies in ignored"
         )
     log_scale = _checks.number(name, "log_scale", log_scale, most_axes=2)
     bias = _checks.number(name, "bias", bias, most_axes=2)

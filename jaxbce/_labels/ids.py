@@ -197,8 +197,8 @@ def positives_from_rows(rows: Any, max_positives: int | None = None) -> jax.Arra
 
     Args:
       rows: one row of ids per example: lists, tuples or integer arrays in a list, in an array or in
-        another iterable. Or a `scipy.sparse` matrix or array [rows, labels], best in CSR: the ids
-        are the columns whose value is not 0.
+        another iterable. What the mask of a NumPy array hides is left out. Or a `scipy.sparse`
+        matrix or array [rows, labels], best in CSR: the ids are the columns whose value is not 0.
       max_positives: the number of ids per row P, an int; None takes the longest row of this call.
 
     Returns:
@@ -283,7 +283,7 @@ def _row_of_ids(name: str, i: int, row: Any) -> np.ndarray:
             "batches are made"
         )
     try:
-        array = np.asarray(row)
+        array = np.asarray(row.compressed() if isinstance(row, np.ma.MaskedArray) else row)
         if array.dtype == object and array.ndim == 1:
             array = np.asarray(array.tolist())  # Python integers in an array of objects
     except ValueError:  # lists of several lengths

@@ -17,20 +17,20 @@ from jaxbce._reduce import Reduction
 # ∂/∂q = y softplus(-x)
 
 
-def value(x: jax.Array, y: jax.Array, q: jax.Array | None = None) -> jax.Array:
-    if q is None:
+def value(x: jax.Array, y: jax.Array, pos_weight: jax.Array | None = None) -> jax.Array:
+    if pos_weight is None:
         return _math.linear_and_curved(x, jnp.where(x > 0, 1 - y, y), 1)
-    return _math.softplus_mix_value(x, 1 - y, _math.multiply_no_nan(y, q))
+    return _math.softplus_mix_value(x, 1 - y, _math.multiply_no_nan(y, pos_weight))
 
 
 def partials(
-    x: jax.Array, y: jax.Array, q: jax.Array | None = None
+    x: jax.Array, y: jax.Array, pos_weight: jax.Array | None = None
 ) -> tuple[jax.Array | None, ...]:
-    if q is None:
+    if pos_weight is None:
         return _math.sigmoid_minus(x, y), -x, None
-    d_labels = _math.softplus_mix(x, -jnp.ones_like(x), q)
+    d_labels = _math.softplus_mix(x, -jnp.ones_like(x), pos_weight)
     by_weight = _math.softplus_mix(x, jnp.zeros_like(x), y)
-    return _math.sigmoid_mix(x, 1 - y, _math.multiply_no_nan(y, q)), d_labels, by_weight
+    return _math.sigmoid_mix(x, 1 - y, _math.multiply_no_nan(y, pos_weight)), d_labels, by_weight
 
 
 value_forward = _math.with_jvp(value, partials)

@@ -122,15 +122,15 @@ def focal_term(k: float, j: int, f: str) -> _math.ScalarFn:
 
 @functools.cache
 def focal(gamma: float | None) -> _math.ScalarFn:
-    """The loss of x, y, alpha and g; gamma is None where it is the array g."""
+    """The loss of x, y, alpha and gamma: a constant here, or an array of the call."""
     power = focal_term(gamma or 0, 0, "c")
 
     def loss(
-        x: jax.Array, y: jax.Array, alpha: jax.Array | None = None, g: jax.Array | None = None
+        x: jax.Array, y: jax.Array, alpha: jax.Array | None = None, gamma: jax.Array | None = None
     ) -> jax.Array:
         if alpha is None:
-            return power(x, y, g)
-        return multiply_no_nan((1 - alpha) * (1 - y) + alpha * y, power(x, y, g))
+            return power(x, y, gamma)
+        return multiply_no_nan((1 - alpha) * (1 - y) + alpha * y, power(x, y, gamma))
 
     return _math.rematerialised(loss, _math.hidden_identity)
 

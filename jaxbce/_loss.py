@@ -43,7 +43,8 @@ class Loss:
       fn: a function of one logit, one label and one number for each parameter, all scalars of the
         dtype of the arithmetic. It returns one number, and JAX can trace it and differentiate it.
       parameters: the names of the arguments of fn that may differ by label, or by element, in the
-        order of fn. One that has a default in fn may be left out of a call.
+        order of fn. One that has a default in fn may be left out of a call. Other arguments of fn
+        with a default stay fixed.
 
     Returns:
       An object to call with `(logits, labels, *, weight=None, label_smoothing=0.0, where=None,
@@ -53,11 +54,13 @@ class Loss:
     Raises:
       TypeError: fn is not a function, parameters are not names, a call lacks a required parameter
         or has an unknown one, or fn does not return a float.
-      ValueError: fn does not return one number, holds a traced value, has not so many arguments, or
-        a name of parameters is that of an option. Calling it raises what `bce_with_logits` does.
+      ValueError: fn does not return one number, holds a traced value, takes another number of
+        arguments, or a name of parameters is that of an option. Calling it raises what
+        `bce_with_logits` does.
 
-    Edge values: those of fn. What is masked, or is not finite and has a weight of 0, has no part in
-    the loss nor in a gradient, also where it is NaN.
+    Edge values: those of fn. `label * f(x)` is NaN where f is infinite, even for label 0. What is
+    masked, or is not finite and has a weight of 0, has no part in the loss nor in a gradient, also
+    where it is NaN.
 
     Differentiable: as fn is, with respect to logits, float labels, weight, label_smoothing and
     parameters.

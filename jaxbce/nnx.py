@@ -193,8 +193,9 @@ class MultiLabelHead(nnx.Module):
         The optimizer is an `nnx.Optimizer` of this head, `nnx.Optimizer(head, optax.adam(1e-3),
         wrt=nnx.Param)`; what its `wrt` leaves out stays as it is. The other arguments are those of
         `linear_update`. Parameters and optimizer change in place. Returns the loss and its gradient
-        with respect to the features, before the step. Products are in the dtype of the parameters,
-        or a wider one of the features: a `dtype` that is narrower is a ValueError.
+        with respect to the features. Loss and gradient are those before the step. It multiplies in
+        the wider dtype of parameters and features. A `dtype` narrower than the parameters is an
+        error.
         """
         own = {"kernel": self.kernel} | ({} if self.bias is None else {"bias": self.bias})
         tx, opt_state = _flax.taken(optimizer, self, own)

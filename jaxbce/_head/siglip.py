@@ -51,7 +51,7 @@ def siglip_loss(
       log_scale: one number, of shape (), (1,) or (1, 1): the logarithm of the inverse temperature;
         the paper starts at log 10. Code that passes the temperature itself passes its logarithm.
       bias: one number, of shape (), (1,) or (1, 1); the paper starts at −10. With p = 1 / batch the
-        share of pairs that match, log(p / (1 − p)) starts at a loss that already knows p.
+        share of pairs that match, a bias of log(p / (1 − p)) starts at the right share of matches.
       positives: integer array [batch, P], the rows of the texts that belong to each image, padded
         with -1; None is the row of the image itself.
       ignored: integer array [batch, I], the rows of the texts that each image leaves out, padded

@@ -73,7 +73,7 @@ def bce_with_logits(
       reduction: "mean" is Σ loss / number of kept elements, in which `weight` does not count;
         "weighted_mean" Σ loss / Σ w over kept elements; "sum" Σ loss; "batchmean" Σ loss / number
         of entries of the first axis that keep an element; "none" the unreduced loss, 0 where
-        masked. With "batchmean" and "none" axis is None.
+        masked. With "batchmean" and "none" `axis` must be None.
       forward_mode: True selects a rule that also supports `jax.jvp`, `jax.jacfwd` and
         `jax.linearize`; it may keep intermediate values for the backward pass.
 
@@ -86,7 +86,7 @@ def bce_with_logits(
       ValueError: labels have another shape than logits, weight, pos_weight or where does not
         broadcast to it, or label_smoothing, axis or reduction is not valid.
 
-    Edge values: a zero coefficient annihilates (0 · ∞ = 0). (+∞, 1) and (−∞, 0) give loss 0 and
+    Edge values: a factor of 0 gives 0, even times infinity. (+∞, 1) and (−∞, 0) give loss 0 and
     gradient 0; (+∞, 0) gives loss ∞ and gradient 1; (−∞, 1) gives loss ∞ and gradient −q; NaN
     gives NaN. Where masked, or where weight is 0, anything gives 0. Nothing kept gives 0, and so
     does "weighted_mean" where Σ w is 0.

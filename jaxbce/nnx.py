@@ -202,6 +202,28 @@ class MultiLabelHead(nnx.Module):
         with respect to the features, before the step. Products are in the dtype of the parameters,
         or a wider one of the features: a `dtype` that is narrower is a ValueError.
         """
+        result, gradient, write = self._step(
+            optimizer,
+            features,
+            loss=loss,
+            positives=positives,
+            labels=labels,
+            per_label=per_label,
+            weight=weight,
+            pos_weight=pos_weight,
+            label_smoothing=label_smoothing,
+            where=where,
+            ignored=ignored,
+            reduction=reduction,
+            rounding_key=rounding_key,
+        )
+        write()
+        return result, gradient
+
+    def _step(
+        self, optimizer: nnx.Optimizer[Any], features: ArrayLike, **arguments: Any
+    ) -> tuple[jax.Array, jax.Array, Callable[[], None]]:
+        """What `update` returns, all of it computed, and what then writes the step."""
         own = {"kernel": self.kernel} | ({} if self.bias is None else {"bias": self.bias})
         tx, opt_state = _flax.taken(optimizer, self, own)
         given, param_dtype = self._checked(features), self.kernel[...].dtype
@@ -218,25 +240,17 @@ class MultiLabelHead(nnx.Module):
             given.astype(dtype),
             {name: variable[...] for name, variable in own.items()},
             opt_state,
-            loss=loss,
-            positives=positives,
-            labels=labels,
-            per_label=per_label,
-            weight=weight,
-            pos_weight=pos_weight,
-            label_smoothing=label_smoothing,
-            where=where,
-            ignored=ignored,
-            reduction=reduction,
-            rounding_key=rounding_key,
+            **arguments,
         )
         gradient, count = step.features_gradient.astype(given.dtype), optimizer.step[...] + 1
-        # All is computed; only now is anything written.
-        for name, variable in own.items():
-            variable[...] = step.params[name]
-        _flax.write(optimizer, jax.tree.leaves(step.opt_state))
-        optimizer.step[...] = count
-        return step.loss, gradient
+
+        def write() -> None:
+            for name, variable in own.items():
+                variable[...] = step.params[name]
+            _flax.write(optimizer, jax.tree.leaves(step.opt_state))
+            optimizer.step[...] = count
+
+        return step.loss, gradient, write
 
     def update_with_encoder(
         self,
@@ -274,9 +288,11 @@ class MultiLabelHead(nnx.Module):
             return model(*inputs), nnx.state(model, others)
 
         features, backward, changed = jax.vjp(encode, nnx.state(encoder, wrt), has_aux=True)
-        loss, slope = self.update(optimizer, features, **arguments)
-        nnx.update(encoder, changed)
+        loss, slope, write = self._step(optimizer, features, **arguments)
         (gradients,) = backward(slope)
+        # All is computed; only now is anything written.
+        write()
+        nnx.update(encoder, changed)
         return loss, gradients
 
     def top_k(self, features: ArrayLike, k: int) -> tuple[jax.Array, jax.Array]:

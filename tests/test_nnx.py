@@ -847,6 +847,36 @@ def test_only_what_wrt_selects_of_the_encoder_has_a_gradient():
     assert [leaf.shape for leaf in jax.tree.leaves(slopes)] == [(5,)]
 
 
+class NotDifferentiable(nnx.Module):
+    def __init__(self):
+        self.scale, self.calls = nnx.Param(jnp.ones(())), nnx.BatchStat(jnp.zeros(()))
+
+    def __call__(self, inputs):
+        @jax.custom_vjp
+        def failing(x):
+            return x
+
+        def backward(_, slope):
+            raise ArithmeticError("no derivative")
+
+        failing.defvjp(lambda x: (x, None), backward)
+        self.calls[...] += 1
+        return failing(inputs * self.scale)
+
+
+def test_an_encoder_that_fails_in_its_backward_pass_leaves_all_as_it_was():
+    head, encoder = make(prior=0.1), NotDifferentiable()
+    optimizer = nnx.Optimizer(head, optax.adam(0.1), wrt=nnx.Param)
+    before = nnx.to_pure_dict(nnx.state((head, optimizer, encoder)))
+    with pytest.raises(ArithmeticError, match="no derivative"):
+        head.update_with_encoder(optimizer, encoder, features(), positives=POSITIVES)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        nnx.to_pure_dict(nnx.state((head, optimizer, encoder))),
+        before,
+    )
+
+
 def test_an_encoder_that_cannot_be_trained_apart():
     head, table = make(), nnx.Embed(LABELS, WIDTH, rngs=nnx.Rngs(0))
     of_head = nnx.Optimizer(head, optax.sgd(0.1), wrt=nnx.Param)

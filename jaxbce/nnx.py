@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 import jaxbce
 from jaxbce import _flax, _math
+from jaxbce._head import arguments as _arguments
 from jaxbce._reduce import Reduction, ScalarReduction
+
+R = TypeVar("R")
 
 KERNEL_INIT = nnx.initializers.lecun_normal()
 
@@ -161,14 +164,17 @@ class MultiLabelHead(nnx.Module):
         Arguments and result are those of `linear_bce_with_logits`: features [..., D], and exactly
         one of positives [..., P] and labels [..., L].
         """
-        by_label = self._by_label(features, where, ignored, labels=labels, pos_weight=pos_weight)
-        return jaxbce.linear_bce_with_logits(
+        return self._call(
+            jaxbce.linear_bce_with_logits,
             *self._operands(features),
             positives=positives,
+            labels=labels,
             weight=weight,
+            pos_weight=pos_weight,
             label_smoothing=label_smoothing,
+            where=where,
+            ignored=ignored,
             reduction=reduction,
-            **by_label | self._options(),
         )
 
     def update(
@@ -197,6 +203,28 @@ class MultiLabelHead(nnx.Module):
         the wider dtype of parameters and features. A `dtype` narrower than the parameters is an
         error.
         """
+        result, gradient, write = self._step(
+            optimizer,
+            features,
+            loss=loss,
+            positives=positives,
+            labels=labels,
+            per_label=per_label,
+            weight=weight,
+            pos_weight=pos_weight,
+            label_smoothing=label_smoothing,
+            where=where,
+            ignored=ignored,
+            reduction=reduction,
+            rounding_key=rounding_key,
+        )
+        write()
+        return result, gradient
+
+    def _step(
+        self, optimizer: nnx.Optimizer[Any], features: ArrayLike, **arguments: Any
+    ) -> tuple[jax.Array, jax.Array, Callable[[], None]]:
+        """What `update` returns, all of it computed, and what then writes the step."""
         own = {"kernel": self.kernel} | ({} if self.bias is None else {"bias": self.bias})
         tx, opt_state = _flax.taken(optimizer, self, own)
         given, param_dtype = self._checked(features), self.kernel[...].dtype
@@ -207,29 +235,23 @@ class MultiLabelHead(nnx.Module):
                 f"got dtype={dtype}; make the head with param_dtype={dtype}, for which there is "
                 "rounding_key, or without dtype"
             )
-        step = jaxbce.linear_update(
+        step = self._call(
+            jaxbce.linear_update,
             tx,
             given.astype(dtype),
             {name: variable[...] for name, variable in own.items()},
             opt_state,
-            loss=loss,
-            positives=positives,
-            weight=weight,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
-            rounding_key=rounding_key,
-            **self._by_label(
-                given, where, ignored, labels=labels, pos_weight=pos_weight, per_label=per_label
-            ),
-            **self._options(),
+            **arguments,
         )
         gradient, count = step.features_gradient.astype(given.dtype), optimizer.step[...] + 1
-        # All is computed; only now is anything written.
-        for name, variable in own.items():
-            variable[...] = step.params[name]
-        _flax.write(optimizer, jax.tree.leaves(step.opt_state))
-        optimizer.step[...] = count
-        return step.loss, gradient
+
+        def write() -> None:
+            for name, variable in own.items():
+                variable[...] = step.params[name]
+            _flax.write(optimizer, jax.tree.leaves(step.opt_state))
+            optimizer.step[...] = count
+
+        return step.loss, gradient, write
 
     def update_with_encoder(
         self,
@@ -267,9 +289,11 @@ class MultiLabelHead(nnx.Module):
             return model(*inputs), nnx.state(model, others)
 
         features, backward, changed = jax.vjp(encode, nnx.state(encoder, wrt), has_aux=True)
-        loss, slope = self.update(optimizer, features, **arguments)
-        nnx.update(encoder, changed)
+        loss, slope, write = self._step(optimizer, features, **arguments)
         (gradients,) = backward(slope)
+        # All is computed; only now is anything written.
+        write()
+        nnx.update(encoder, changed)
         return loss, gradients
 
     def top_k(self, features: ArrayLike, k: int) -> tuple[jax.Array, jax.Array]:
@@ -277,62 +301,19 @@ class MultiLabelHead(nnx.Module):
 
         Arguments and result are those of `linear_top_k`: features [..., D], and k in [1, L].
         """
-        features, kernel, bias = self._operands(features)
-        if padding := self._padding():
-            if k > self.num_labels:
-                raise ValueError(
-                    f"MultiLabelHead: k must be an int in [1, {self.num_labels}], got {k}"
-                )
-            dtype = jnp.float32 if bias is None else self._promoted(bias.dtype, jnp.float32)
-            last = jnp.asarray(np.repeat([0, -np.inf], [self.num_labels, padding]), dtype)
-            bias = last if bias is None else bias.astype(dtype) + last
-        return jaxbce.linear_top_k(features, kernel, bias, k=k, **self._options())
+        return self._call(jaxbce.linear_top_k, *self._operands(features), k=k)
 
     def _padding(self) -> int:
         """How many labels the kernel holds beside its own, so that the devices divide them."""
         held: int = self.kernel.shape[0 if self.transpose_kernel else 1]
         return held - self.num_labels
 
-    def _by_label(
-        self, features: ArrayLike, where: Any, ignored: Any, **arguments: Any
-    ) -> dict[str, Any]:
-        """The arguments by label, for all that the kernel holds: masks leave out its padding."""
-        padding, labels = self._padding(), self.num_labels
-        if not padding:
-            return arguments | {"where": where, "ignored": ignored}
-
-        def padded(argument: str, values: Any, fill: int) -> Any:
-            if argument == "per_label" and isinstance(values, (tuple, list)):
-                return tuple(padded(f"{argument}[{i}]", v, fill) for i, v in enumerate(values))
-            if values is None:
-                return None
-            values = jnp.asarray(values)
-            if values.shape[-1:] != (labels,):
-                raise ValueError(
-                    f"MultiLabelHead: {argument} must have shape (..., {labels}), got "
-                    f"{values.shape}"
-                )
-            return _padded(values, padding, fill)
-
-        filled = {
-            name: padded(name, values, 0 if name == "labels" else 1)
-            for name, values in arguments.items()
-        }
-        if where is None:
-            where = jnp.ones(labels, bool)
-        if np.shape(where)[-1:] not in ((), (1,)):
-            return filled | {"where": padded("where", where, 0), "ignored": ignored}
-        # A mask of rows that also left out labels would be as large as the logits.
-        ids = jnp.arange(labels, labels + padding, dtype=jnp.int32)
-        ids = jnp.broadcast_to(ids, (*np.shape(features)[:-1], padding))
-        if ignored is not None:
-            ids = jnp.concatenate([jnp.asarray(ignored, jnp.int32), ids], axis=-1)
-        return filled | {"where": where, "ignored": ids}
-
-    def _options(self) -> dict[str, Any]:
-        """What the functions of the head are told of the kernel, of chunks and devices."""
+    def _call(self, function: Callable[..., R], *operands: Any, **arguments: Any) -> R:
+        """A function of the head, told of chunks, devices and padding, which it leaves out."""
         names = ("transpose_kernel", "chunk_size", "mesh", "batch_axis", "label_axis")
-        return {name: getattr(self, name) for name in names}
+        options = {name: getattr(self, name) for name in names}
+        with _arguments.padding(self._padding()):
+            return function(*operands, **arguments, **options)
 
     def _operands(self, features: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """Features in the dtype of the product, a kernel that is no wider, and the bias."""
@@ -358,12 +339,12 @@ class MultiLabelHead(nnx.Module):
         return features
 
 
-def _padded(array: jax.Array, padding: int, fill: int = 0) -> jax.Array:
+def _padded(array: jax.Array, padding: int) -> jax.Array:
     """With so many entries more on its last axis; without any it is not copied."""
     if not padding:
         return array
     widths = [(0, 0)] * (array.ndim - 1) + [(0, padding)]
-    return jnp.pad(array, widths, constant_values=np.asarray(fill, array.dtype))
+    return jnp.pad(array, widths)
 
 
 def _rate(prior: ArrayLike | None, num_labels: int, dtype: DTypeLike) -> jax.Array | None:

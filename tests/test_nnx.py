@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -589,7 +590,10 @@ rng = np.random.default_rng(5)
 MASKS = {
     "no mask": {},
     "rows": {"where": np.arange(BATCH)[:, None] % 3 > 0},
-    "rows and ids": {"where": np.arange(BATCH)[:, None] % 3 > 0, "ignored": POSITIVES[:, :1]},
+    "rows and ids": {
+        "where": np.arange(BATCH)[:, None] % 3 > 0,
+        "ignored": np.insert(POSITIVES[:, :1], 1, 2**32 + 3, axis=1),  # no label, nor one mod 2^32
+    },
     "labels": {"where": np.arange(LABELS) % 5 > 0},
     "both": {"where": rng.random((BATCH, LABELS)) > 0.2, "ignored": POSITIVES[:, :1]},
 }
@@ -655,25 +659,113 @@ def test_top_labels_without_a_bias_are_no_padding():
         assert head.top_k(jnp.ones((1, WIDTH)), LABELS)[1].max() == LABELS - 1
 
 
-PADDED_ERRORS = {
-    "labels": (lambda head: head.loss(features(), labels=np.zeros((6, 40))), r"\(\.\.\., 37\)"),
-    "pos_weight": (
-        lambda head: head.loss(features(), positives=POSITIVES, pos_weight=np.ones(40)),
-        r"pos_weight must have shape \(\.\.\., 37\), got \(40,\)",
-    ),
-    "where": (
-        lambda head: head.loss(features(), positives=POSITIVES, where=np.ones(40, bool)),
-        r"where must have shape \(\.\.\., 37\)",
-    ),
-    "k": (lambda head: head.top_k(features(), 38), "k must be.* 37"),
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e5m2"])
+@jax.numpy_dtype_promotion("standard")
+def test_padding_is_no_top_label_of_a_row_that_is_not_finite(dtype, bias):
+    """Its logits are infinite or NaN, whose sign depends on the shape of the product."""
+    special = list(itertools.product([np.inf, -np.inf, np.nan, -np.nan, 0, 1], repeat=3))
+    x = np.pad(np.array(special, np.float32), ((0, 0), (0, WIDTH - 3)), constant_values=1)
+    for axis in BOTH, "labels":
+        alone, padded = alone_and_padded((AUTO, AUTO), axis, param_dtype=dtype)
+        for head in alone, padded:
+            # Some labels have 0 · ∞ where the others have ∞ or −∞.
+            head.kernel[...] = head.kernel[...].at[:3, 3:LABELS:4].set(0)
+            head.bias = head.bias if bias else None
+        for k in 1, 6, LABELS:
+            (expected, expected_labels), (got, labels) = (h.top_k(x, k) for h in (alone, padded))
+            np.testing.assert_array_equal(labels, expected_labels)
+            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+IDS = np.zeros((BATCH, 1), int)
+ROWS = np.ones((BATCH, 1), bool)
+OF_ELEMENTS = jaxbce.Loss(lambda x, y, margin: jnp.square(x - y * margin), ("margin",))
+BAD_ARGUMENTS = {
+    "labels, padded": {"labels": np.zeros((BATCH, 40))},
+    "labels, transposed": {"labels": np.zeros((LABELS, BATCH))},
+    "labels, list": {"labels": np.zeros((BATCH, LABELS)).tolist()},
+    "labels, complex": {"labels": np.zeros((BATCH, LABELS), complex)},
+    "labels and positives": {"labels": np.zeros((BATCH, LABELS)), "positives": IDS},
+    "neither": {},
+    "positives, list": {"positives": IDS.tolist()},
+    "positives, float": {"positives": IDS + 0.5},
+    "pos_weight, padded": {"positives": IDS, "pos_weight": np.ones(40)},
+    "pos_weight, one": {"positives": IDS, "pos_weight": 2.0},
+    "pos_weight, list": {"positives": IDS, "pos_weight": [1.0] * LABELS},
+    "pos_weight, words": {"positives": IDS, "pos_weight": np.array(["1"] * LABELS)},
+    "weight": {"positives": IDS, "weight": np.ones(LABELS)},
+    "label_smoothing": {"positives": IDS, "label_smoothing": 2.0},
+    "where, padded": {"positives": IDS, "where": np.ones(40, bool)},
+    "where, int": {"positives": IDS, "where": np.ones(LABELS, int)},
+    "where, list": {"positives": IDS, "where": [True] * LABELS},
+    "where, rows": {"positives": IDS, "where": ROWS[:5]},
+    "where, axes": {"positives": IDS, "where": ROWS[None, None]},
+    "ignored, float": {"positives": IDS, "where": ROWS, "ignored": IDS + 0.7},
+    "ignored, list": {"positives": IDS, "where": ROWS, "ignored": IDS.tolist()},
+    "ignored, axes": {"positives": IDS, "where": ROWS, "ignored": IDS[0]},
+    "ignored, bool": {"positives": IDS, "ignored": IDS > 0},
+}
+BAD_PER_LABEL = {
+    "padded": (np.ones(40),),
+    "array": np.ones(LABELS),
+    "list": ([1.0] * LABELS,),
+    "too many": (np.ones(LABELS),) * 2,
+    "None": (None,),
+}
+BAD_VALUES = {
+    "positives": {"positives": IDS + LABELS},
+    "positives beyond padding": {"positives": IDS + 40},
+    "ignored": {"positives": IDS, "ignored": IDS + LABELS, "where": ROWS},
+    "labels": {"labels": np.eye(BATCH, LABELS, LABELS - 1) * 2},
+    "pos_weight": {"positives": IDS, "pos_weight": -np.ones(LABELS)},
 }
 
 
-@pytest.mark.parametrize(("call", "message"), PADDED_ERRORS.values(), ids=PADDED_ERRORS)
-def test_errors_tell_the_labels_without_padding(call, message):
-    _, head = alone_and_padded((AUTO, AUTO), BOTH)
-    with pytest.raises(ValueError, match=message):
+def losses_and_updates(arguments):
+    yield lambda head: head.loss(features(), **arguments)
+    yield lambda head: head.update(optimizer_of(head), features(), **arguments)[0]
+
+
+def under_checked(call, head):
+    graph, state = nnx.split(head)
+    return jaxbce.checked(lambda state: call(nnx.merge(graph, state, copy=True)))(state)
+
+
+BAD_CALLS = {
+    **{
+        f"{name}, {method}": call
+        for name, arguments in BAD_ARGUMENTS.items()
+        for method, call in zip(("loss", "update"), losses_and_updates(arguments), strict=True)
+    },
+    **{
+        f"per_label, {name}": lambda head, per_label=per_label: head.update(
+            optimizer_of(head), features(), loss=OF_ELEMENTS, positives=IDS, per_label=per_label
+        )
+        for name, per_label in BAD_PER_LABEL.items()
+    },
+    **{
+        f"checked {name}, {method}": functools.partial(under_checked, call)
+        for name, arguments in BAD_VALUES.items()
+        for method, call in zip(("loss", "update"), losses_and_updates(arguments), strict=True)
+    },
+    **{
+        f"k, {k!r}": lambda head, k=k: head.top_k(features(), k)
+        for k in (0, LABELS + 1, 40, 2.5, "2", None, True, np.ones(1))
+    },
+}
+
+
+def error_of(call, head):
+    with pytest.raises((TypeError, ValueError)) as caught:
         call(head)
+    return caught.type, str(caught.value)
+
+
+@pytest.mark.parametrize("call", BAD_CALLS.values(), ids=BAD_CALLS)
+def test_padding_changes_no_error(call):
+    alone, padded = alone_and_padded((AUTO, AUTO), BOTH)
+    assert error_of(call, padded) == error_of(call, alone)
 
 
 # --- an encoder and the head in one call ---------------------------------------------------------
@@ -753,6 +845,36 @@ def test_only_what_wrt_selects_of_the_encoder_has_a_gradient():
         of_head, encoder, jnp.ones((BATCH, 4)), wrt=bias, positives=POSITIVES
     )
     assert [leaf.shape for leaf in jax.tree.leaves(slopes)] == [(5,)]
+
+
+class NotDifferentiable(nnx.Module):
+    def __init__(self):
+        self.scale, self.calls = nnx.Param(jnp.ones(())), nnx.BatchStat(jnp.zeros(()))
+
+    def __call__(self, inputs):
+        @jax.custom_vjp
+        def failing(x):
+            return x
+
+        def backward(_, slope):
+            raise ArithmeticError("no derivative")
+
+        failing.defvjp(lambda x: (x, None), backward)
+        self.calls[...] += 1
+        return failing(inputs * self.scale)
+
+
+def test_an_encoder_that_fails_in_its_backward_pass_leaves_all_as_it_was():
+    head, encoder = make(prior=0.1), NotDifferentiable()
+    optimizer = nnx.Optimizer(head, optax.adam(0.1), wrt=nnx.Param)
+    before = nnx.to_pure_dict(nnx.state((head, optimizer, encoder)))
+    with pytest.raises(ArithmeticError, match="no derivative"):
+        head.update_with_encoder(optimizer, encoder, features(), positives=POSITIVES)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        nnx.to_pure_dict(nnx.state((head, optimizer, encoder))),
+        before,
+    )
 
 
 def test_an_encoder_that_cannot_be_trained_apart():

@@ -13,6 +13,10 @@ from jaxbce._head.loss import ChunkLoss
 from jaxbce._loss import Loss
 from jaxbce._reduce import Reduction
 
+# How many labels at the end of a kernel are padding, for which no argument has entries. The context
+# is in the cache key of `jax.jit`.
+padding = jax.make_user_context(default_value=0)
+
 
 class Given(NamedTuple):
     """The arrays of a call, in this order everywhere; None for what is not given."""
@@ -96,10 +100,11 @@ def without_unused_rows(
 def prepare(
     given: Given, *, name: str, reduction: Reduction, loss: ChunkLoss, transposed: bool
 ) -> tuple[tuple[int, ...], chunks.Operands, jax.Array | None, tuple[int, int]]:
-    """Leading axes of the rows, operands, weight [batch], (number of rows, number of labels)."""
-    features, kernel, bias, num_labels = prepare_layer(
+    """Leading axes of the rows, operands, weight [batch], (rows, labels with their padding)."""
+    features, kernel, bias, all_labels = prepare_layer(
         name, given.features, given.kernel, given.bias, transposed
     )
+    num_labels = all_labels - padding.value
     positives, labels, weight = given.positives, given.labels, given.weight
     ignored, where = given.ignored, given.where
     lead = features.shape[:-1]
@@ -160,4 +165,30 @@ def prepare(
             _checks.check_not_negative(name, "pos_weight", numbers[0], label_counted)
         if labels is not None:
             _checks.check_unit_interval(name, "labels", labels.astype(dtype), mask)
-    return lead, _placement.vary_together(operands), weight, (batch, num_labels)
+    if padding.value:
+        operands = with_padding(operands, num_labels, padding.value)
+    return lead, _placement.vary_together(operands), weight, (batch, all_labels)
+
+
+def with_padding(operands: chunks.Operands, num_labels: int, padding: int) -> chunks.Operands:
+    """The operands by label, which have `num_labels`, for padding too, which is masked."""
+
+    def padded(array: jax.Array, fill: int) -> jax.Array:
+        filled = jnp.full((*array.shape[:-1], padding), fill, array.dtype)
+        return jnp.concatenate([array, filled], axis=-1)
+
+    labels, where, ignored = operands.labels, operands.where, operands.ignored
+    if where is None:
+        where = jnp.ones((1, num_labels), bool)
+    if where.shape[1] == num_labels:
+        where = padded(where, False)
+    else:  # with all labels, a mask of rows would be as large as the logits
+        ids = jnp.arange(num_labels, num_labels + padding, dtype=jnp.int32)
+        ids = jnp.broadcast_to(ids, (operands.features.shape[0], padding))
+        ignored = ids if ignored is None else jnp.concatenate([ignored, ids], axis=1)
+    return operands._replace(
+        labels=None if labels is None else padded(labels, 0),
+        per_label=tuple(padded(array, 1) for array in operands.per_label),
+        where=where,
+        ignored=ignored,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -16,6 +17,11 @@ from jaxbce._head.chunks import OneDevice, chunk_logits, part_of
 from jaxbce._head.mesh import OnMesh, PlanOptions
 
 Candidates = tuple[jax.Array, jax.Array]  # logits of each row and their labels
+
+
+class Wanted(NamedTuple):
+    k: int
+    num_labels: int | None  # what the kernel holds beyond them is padding; None without padding
 
 
 class Layer(NamedTuple):
@@ -65,7 +71,8 @@ def linear_top_k(
       ValueError: a shape does not fit, an axis of the mesh does not exist, is given for both or
         does not divide its size, or k or chunk_size is not valid.
 
-    Edge values: of equal logits the one of the lowest label comes first, as in `jax.lax.top_k`.
+    Edge values: of equal logits the one of the lowest label comes first, as in `jax.lax.top_k`. NaN
+    comes before infinity.
 
     Differentiable: the logits are, with respect to features, kernel and bias; on a mesh in reverse
     mode only.
@@ -85,7 +92,8 @@ def linear_top_k(
     arrays = _checks.jit_arguments(name, features=features, kernel=kernel, bias=bias)
     shape = getattr(arrays[1], "shape", None) or (None,)
     num_labels = shape[0 if transpose_kernel else -1]
-    _checks.check_size(name, "k", k, num_labels if isinstance(num_labels, int) else None)
+    known = isinstance(num_labels, int)
+    _checks.check_size(name, "k", k, num_labels - arguments.padding.value if known else None)
     return _top_k(*arrays, name=name, k=k, options=options)
 
 
@@ -105,11 +113,9 @@ def _top_k(
     lead = features.shape[:-1]
     features = features.reshape(math.prod(lead), features.shape[-1])
     plan = options.plan(name, features.shape[0], num_labels)
-    layer = Layer(features, kernel, bias)
-    if isinstance(plan, OnMesh):
-        values, ids = best_of_devices(plan, k, layer)
-    else:
-        values, ids = top_k_pass(plan, layer, k)
+    padding, layer = arguments.padding.value, Layer(features, kernel, bias)
+    wanted = Wanted(k, num_labels - padding if padding else None)
+    values, ids = (best_of_devices if isinstance(plan, OnMesh) else candidates)(plan, wanted, layer)
     return values.reshape(*lead, k), ids.reshape(*lead, k)
 
 
@@ -119,9 +125,10 @@ def best(values: jax.Array, ids: jax.Array, k: int) -> Candidates:
     return values, jnp.take_along_axis(ids, order, axis=1)
 
 
-def top_k_pass(plan: OneDevice, layer: Layer, k: int) -> Candidates:
-    """The k highest logits of each row and their labels; of equal ones, the lowest label first."""
+def candidates(plan: OneDevice, wanted: Wanted, layer: Layer) -> Candidates:
+    """The highest logits of a device's own labels; of equal ones, the lowest label first."""
     features, kernel, bias = layer
+    first_label, k = plan.first_label(kernel), min(wanted.k, plan.num_labels(kernel))
     axis = plan.label_dim_of("kernel")
     num_labels, chunk_size = plan.num_labels(kernel), max(plan.chunk_size, k)
     whole = max(num_labels // chunk_size - 1, 0)
@@ -131,8 +138,14 @@ def top_k_pass(plan: OneDevice, layer: Layer, k: int) -> Candidates:
         part = part_of(kernel, axis, start, size).astype(features.dtype)
         added = [] if bias is None else [part_of(bias, 0, start, size)]
         logits = chunk_logits(plan, features, part, added)
-        values, ids = jax.lax.top_k(logits, k)
-        return values, ids + start
+        first = first_label + start
+        if wanted.num_labels is not None:
+            # A bias of −∞ would not do: of an infinite feature the logits of padding are NaN.
+            own = first + jnp.arange(size, dtype=jnp.int32)[None] < wanted.num_labels
+            logits = jnp.where(own, logits, -jnp.inf)
+        # `jax.lax.top_k` orders NaN by its sign, which is left to chance.
+        values, ids = jax.lax.top_k(jnp.where(jnp.isnan(logits), jnp.nan, logits), k)
+        return values, ids + first
 
     def step(found: Candidates, start: jax.Array) -> tuple[Candidates, None]:
         # The lower labels come first, and `best` prefers the first of equal values.
@@ -155,42 +168,36 @@ def layer_specs(plan: OnMesh, layer: Layer) -> Any:
     return Layer(specs["features"], specs["kernel"], None if layer.bias is None else specs["bias"])
 
 
-def candidates(plan: OnMesh, k: int, layer: Layer) -> Candidates:
-    """The best of a device's own labels."""
-    most = min(k, plan.num_labels(layer.kernel))
-    values, ids = top_k_pass(plan, layer, most)
-    return values, ids + plan.first_label(layer.kernel)
-
-
 # best_of_devices = the best of all candidates. The cotangent of a result belongs to the candidate
 # of the same label. Candidates are found once more in the backward pass: inside another
 # `jax.shard_map`, JAX takes no residuals out of this one.
 
 
-def best_of_devices_impl(plan: OnMesh, k: int, layer: Layer) -> Candidates:
+def best_of_devices_impl(plan: OnMesh, wanted: Wanted, layer: Layer) -> Candidates:
     shared = plan.shard(
-        lambda layer: candidates(plan, k, layer),
+        lambda layer: candidates(plan, wanted, layer),
         (layer_specs(plan, layer),),
         (PartitionSpec(plan.batch_axis, plan.label_axis),) * 2,
     )
     # They are gathered on the way from one to the other. What `jax.lax.all_gather` returns counts
     # as different on every device, and could not leave a `jax.shard_map` as one array.
     by_row = (PartitionSpec(plan.batch_axis, None),) * 2
-    merged = plan.shard(lambda values, ids: best(values, ids, k), by_row, by_row)
+    merged = plan.shard(lambda values, ids: best(values, ids, wanted.k), by_row, by_row)
     result: Candidates = merged(*shared(layer))
     return result
 
 
-def best_of_devices_fwd(plan: OnMesh, k: int, layer: Layer) -> tuple[Candidates, Any]:
-    values, ids = best_of_devices_impl(plan, k, layer)
+def best_of_devices_fwd(plan: OnMesh, wanted: Wanted, layer: Layer) -> tuple[Candidates, Any]:
+    values, ids = best_of_devices_impl(plan, wanted, layer)
     return (values, ids), (layer, ids)
 
 
-def best_of_devices_bwd(plan: OnMesh, k: int, residuals: Any, g: Any) -> tuple[Layer]:
+def best_of_devices_bwd(plan: OnMesh, wanted: Wanted, residuals: Any, g: Any) -> tuple[Layer]:
     layer, ids = residuals
 
     def local(layer: Layer, ids: jax.Array, g: jax.Array) -> Layer:
-        _, pullback, found = jax.vjp(lambda layer: candidates(plan, k, layer), layer, has_aux=True)
+        own = functools.partial(candidates, plan, wanted)
+        _, pullback, found = jax.vjp(own, layer, has_aux=True)
         chosen = found[:, :, None] == ids[:, None, :]
         gradients: tuple[Layer] = pullback(jnp.sum(jnp.where(chosen, g[:, None, :], 0), axis=2))
         return gradients[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -265,9 +266,10 @@ class MultiLabelHead(nnx.Module):
 
         Returns the loss and the gradients of what the filter `wrt` selects of the encoder, both
         before the step. Give them to the optimizer of the encoder, as those of
-        `nnx.value_and_grad`: `encoder_optimizer.update(encoder, gradients)`. What else the encoder
-        holds, as the keys of its dropout and its batch statistics, changes in place. `arguments`
-        are the other ones of `update`.
+        `nnx.value_and_grad`: `encoder_optimizer.update(encoder, gradients)`. Variables that the
+        encoder writes, as its batch statistics, the keys of its dropout or those of an `nnx.Rngs`
+        among the inputs, change in place. Plain Python attributes do not. `arguments` are the other
+        ones of `update`.
         """
         if not isinstance(encoder, nnx.Module) or not callable(encoder):
             raise TypeError(
@@ -281,20 +283,37 @@ class MultiLabelHead(nnx.Module):
                 "kernel or bias of the head; train a shared table with MultiLabelHead.loss and one "
                 "optimizer, or pass the part of the model that makes the features"
             )
-        structure, others = nnx.graphdef(encoder), nnx.Not(wrt)
-        rest = nnx.state(encoder, others)
+        if unknown := arguments.keys() - inspect.signature(self.update).parameters.keys():
+            raise TypeError(
+                f"MultiLabelHead: update has no argument {min(unknown)}, got one of that name; the "
+                "encoder takes its inputs by position, encoder(*inputs)"
+            )
+        # An input may be a module too, as an nnx.Rngs.
+        nodes = (encoder, *(each for each in inputs if isinstance(each, nnx.Pytree)))
+        selected = nnx.All(wrt, lambda path, _: path[0] == 0)
+        structure, weights = nnx.graphdef(nodes), nnx.state(nodes, selected)
+        rest = nnx.state(nodes, nnx.Not(selected))
+        kinds = [leaf.dtype for leaf in jax.tree.leaves(weights)]
+        if whole := [kind for kind in kinds if not jnp.issubdtype(kind, jnp.inexact)]:
+            raise TypeError(
+                f"MultiLabelHead: encoder must have floats in what wrt selects, got {whole[0]}; "
+                "hold it in another kind of nnx.Variable, or leave it out of wrt"
+            )
 
         def encode(weights: Any) -> tuple[jax.Array, Any]:
-            model: Any = nnx.merge(structure, weights, rest, copy=True)
-            return model(*inputs), nnx.state(model, others)
+            merged: Any = nnx.merge(structure, weights, rest, copy=True)
+            model, *others = merged
+            left = iter(others)
+            given = [next(left) if isinstance(each, nnx.Pytree) else each for each in inputs]
+            return model(*given), nnx.state(merged)
 
-        features, backward, changed = jax.vjp(encode, nnx.state(encoder, wrt), has_aux=True)
+        features, backward, changed = jax.vjp(encode, weights, has_aux=True)
         loss, slope, write = self._step(optimizer, features, **arguments)
         (gradients,) = backward(slope)
         # All is computed; only now is anything written.
         write()
-        nnx.update(encoder, changed)
-        return loss, gradients
+        nnx.update(nodes, changed)
+        return loss, gradients[0]
 
     def top_k(self, features: ArrayLike, k: int) -> tuple[jax.Array, jax.Array]:
         """The k highest logits and their labels, both [..., k], highest first.

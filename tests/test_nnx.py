@@ -877,6 +877,65 @@ def test_an_encoder_that_fails_in_its_backward_pass_leaves_all_as_it_was():
     )
 
 
+class Normalised(nnx.Module):
+    """Writes its own kernel, as nnx.WeightNorm does, and takes its keys with the inputs."""
+
+    def __init__(self):
+        self.layer = nnx.Linear(4, WIDTH, rngs=nnx.Rngs(0))
+        self.dropout = nnx.Dropout(0.5)
+
+    def __call__(self, inputs, rngs):
+        kernel = self.layer.kernel[...]
+        self.layer.kernel[...] = kernel / jnp.linalg.norm(kernel)
+        return self.dropout(self.layer(inputs), rngs=rngs)
+
+
+@pytest.mark.parametrize("transform", [lambda fn: fn, nnx.jit], ids=["eager", "jit"])
+def test_what_the_forward_pass_writes_is_kept(transform):
+    """Also to parameters, and to a module among the inputs."""
+
+    def whole(head, encoder, of_head, inputs, rngs):
+        def loss(head, encoder, rngs):
+            return head.loss(encoder(inputs, rngs), positives=POSITIVES)
+
+        value, slopes = nnx.value_and_grad(loss, argnums=(0, 1))(head, encoder, rngs)
+        of_head.update(head, slopes[0])
+        return value, slopes[1]
+
+    def fused(head, encoder, of_head, inputs, rngs):
+        return head.update_with_encoder(of_head, encoder, inputs, rngs, positives=POSITIVES)
+
+    inputs, results = rng.normal(size=(BATCH, 4)).astype(np.float32), []
+    for step in whole, fused:
+        head, encoder, rngs = make(prior=0.1), Normalised(), nnx.Rngs(1)
+        of_head, of_encoder = (
+            nnx.Optimizer(part, optax.sgd(0.5), wrt=nnx.Param) for part in (head, encoder)
+        )
+        for _ in range(3):
+            value, slopes = transform(step)(head, encoder, of_head, inputs, rngs)
+            of_encoder.update(encoder, slopes)
+        results.append((value, nnx.to_pure_dict(nnx.state((head, encoder, rngs.default.count)))))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *results)
+
+
+class Permuted(nnx.Module):
+    def __init__(self):
+        self.order = nnx.Param(jnp.arange(BATCH))
+
+    def __call__(self, inputs):
+        return inputs[self.order[...]]
+
+
+def test_an_encoder_with_parameters_that_are_no_floats_is_refused():
+    head = make()
+    of_head = nnx.Optimizer(head, optax.sgd(0.1), wrt=nnx.Param)
+    with pytest.raises(TypeError, match="floats in what wrt selects, got int32; hold it in"):
+        head.update_with_encoder(of_head, Permuted(), features(), positives=POSITIVES)
+    with pytest.raises(TypeError, match=r"no argument train, .*takes its inputs by position"):
+        head.update_with_encoder(of_head, Permuted(), features(), positives=POSITIVES, train=True)
+    assert of_head.step[...] == 0
+
+
 def test_an_encoder_that_cannot_be_trained_apart():
     head, table = make(), nnx.Embed(LABELS, WIDTH, rngs=nnx.Rngs(0))
     of_head = nnx.Optimizer(head, optax.sgd(0.1), wrt=nnx.Param)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 import jaxbce
-from jaxbce import _flax, _math
+from jaxbce import _checks, _flax, _math
 from jaxbce._head import arguments as _arguments
 from jaxbce._reduce import Reduction, ScalarReduction
 
@@ -274,6 +274,8 @@ class MultiLabelHead(nnx.Module):
             return model(*inputs), nnx.state(model, others)
 
         features, backward, changed = jax.vjp(encode, nnx.state(encoder, wrt), has_aux=True)
+        # Traced before the step writes anything: a rule of the encoder may raise.
+        jax.eval_shape(backward, _checks.floating("MultiLabelHead", "features", features))
         loss, slope = self.update(optimizer, features, **arguments)
         nnx.update(encoder, changed)
         (gradients,) = backward(slope)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 import jaxbce
-from jaxbce import _flax, _math
+from jaxbce import _checks, _flax, _math
 from jaxbce._head import arguments as _arguments
 from jaxbce._reduce import Reduction, ScalarReduction
 
@@ -308,11 +308,11 @@ class MultiLabelHead(nnx.Module):
             return model(*given), nnx.state(merged)
 
         features, backward, changed = jax.vjp(encode, weights, has_aux=True)
-        loss, slope, write = self._step(optimizer, features, **arguments)
-        (gradients,) = backward(slope)
-        # All is computed; only now is anything written.
-        write()
+        # Traced before the step writes anything: a rule of the encoder may raise.
+        jax.eval_shape(backward, _checks.floating("MultiLabelHead", "features", features))
+        loss, slope = self.update(optimizer, features, **arguments)
         nnx.update(nodes, changed)
+        (gradients,) = backward(slope)
         return loss, gradients[0]
 
     def top_k(self, features: ArrayLike, k: int) -> tuple[jax.Array, jax.Array]:

@@ -847,34 +847,41 @@ def test_only_what_wrt_selects_of_the_encoder_has_a_gradient():
     assert [leaf.shape for leaf in jax.tree.leaves(slopes)] == [(5,)]
 
 
-class NotDifferentiable(nnx.Module):
-    def __init__(self):
-        self.scale, self.calls = nnx.Param(jnp.ones(())), nnx.BatchStat(jnp.zeros(()))
+@jax.custom_vjp
+def without_derivative(x):
+    return x
+
+
+def no_derivative(_, slope):
+    raise ArithmeticError("no derivative")
+
+
+without_derivative.defvjp(lambda x: (x, None), no_derivative)
+BAD_ENCODERS = {
+    "no derivative": (without_derivative, ArithmeticError, "no derivative"),
+    "rows": (list, (TypeError, ValueError), "ree structure"),
+    "integers": (jnp.int32, TypeError, "features must be floating-point, got int32"),
+}
+
+
+class Through(nnx.Module):
+    def __init__(self, fn):
+        self.fn, self.scale, self.calls = fn, nnx.Param(jnp.ones(())), nnx.BatchStat(jnp.zeros(()))
 
     def __call__(self, inputs):
-        @jax.custom_vjp
-        def failing(x):
-            return x
-
-        def backward(_, slope):
-            raise ArithmeticError("no derivative")
-
-        failing.defvjp(lambda x: (x, None), backward)
         self.calls[...] += 1
-        return failing(inputs * self.scale)
+        return self.fn(inputs * self.scale)
 
 
-def test_an_encoder_that_fails_in_its_backward_pass_leaves_all_as_it_was():
-    head, encoder = make(prior=0.1), NotDifferentiable()
+@pytest.mark.parametrize(("fn", "error", "message"), BAD_ENCODERS.values(), ids=BAD_ENCODERS)
+def test_an_encoder_that_fails_leaves_all_as_it_was(fn, error, message):
+    head, encoder = make(prior=0.1), Through(fn)
     optimizer = nnx.Optimizer(head, optax.adam(0.1), wrt=nnx.Param)
     before = nnx.to_pure_dict(nnx.state((head, optimizer, encoder)))
-    with pytest.raises(ArithmeticError, match="no derivative"):
+    with pytest.raises(error, match=message):
         head.update_with_encoder(optimizer, encoder, features(), positives=POSITIVES)
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        nnx.to_pure_dict(nnx.state((head, optimizer, encoder))),
-        before,
-    )
+    after = nnx.to_pure_dict(nnx.state((head, optimizer, encoder)))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
 class Normalised(nnx.Module):

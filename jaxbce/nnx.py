@@ -204,28 +204,6 @@ class MultiLabelHead(nnx.Module):
         the wider dtype of parameters and features. A `dtype` narrower than the parameters is an
         error.
         """
-        result, gradient, write = self._step(
-            optimizer,
-            features,
-            loss=loss,
-            positives=positives,
-            labels=labels,
-            per_label=per_label,
-            weight=weight,
-            pos_weight=pos_weight,
-            label_smoothing=label_smoothing,
-            where=where,
-            ignored=ignored,
-            reduction=reduction,
-            rounding_key=rounding_key,
-        )
-        write()
-        return result, gradient
-
-    def _step(
-        self, optimizer: nnx.Optimizer[Any], features: ArrayLike, **arguments: Any
-    ) -> tuple[jax.Array, jax.Array, Callable[[], None]]:
-        """What `update` returns, all of it computed, and what then writes the step."""
         own = {"kernel": self.kernel} | ({} if self.bias is None else {"bias": self.bias})
         tx, opt_state = _flax.taken(optimizer, self, own)
         given, param_dtype = self._checked(features), self.kernel[...].dtype
@@ -242,17 +220,25 @@ class MultiLabelHead(nnx.Module):
             given.astype(dtype),
             {name: variable[...] for name, variable in own.items()},
             opt_state,
-            **arguments,
+            loss=loss,
+            positives=positives,
+            labels=labels,
+            per_label=per_label,
+            weight=weight,
+            pos_weight=pos_weight,
+            label_smoothing=label_smoothing,
+            where=where,
+            ignored=ignored,
+            reduction=reduction,
+            rounding_key=rounding_key,
         )
         gradient, count = step.features_gradient.astype(given.dtype), optimizer.step[...] + 1
-
-        def write() -> None:
-            for name, variable in own.items():
-                variable[...] = step.params[name]
-            _flax.write(optimizer, jax.tree.leaves(step.opt_state))
-            optimizer.step[...] = count
-
-        return step.loss, gradient, write
+        # All is computed; only now is anything written.
+        for name, variable in own.items():
+            variable[...] = step.params[name]
+        _flax.write(optimizer, jax.tree.leaves(step.opt_state))
+        optimizer.step[...] = count
+        return step.loss, gradient
 
     def update_with_encoder(
         self,

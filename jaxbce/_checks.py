@@ -1,4 +1,4 @@
-"""Checks of dtypes, shapes and, on request, values; the wording of every error."""
+"""Checks of arrays and options, on request also of values, and the wording of their errors."""
 
 import numbers
 from typing import Any, TypeGuard, get_args
@@ -191,49 +191,6 @@ def mask(name: str, where: Any, against: str, target: tuple[int, ...]) -> jax.Ar
     return jnp.expand_dims(where, range(len(target) - where.ndim))
 
 
-def positives(
-    name: str,
-    values: Any,
-    num_labels: int,
-    *,
-    argument: str = "positives",
-    rows_of: tuple[str, tuple[int, ...]] | None = None,
-    keep: jax.Array | None = None,
-) -> jax.Array:
-    """Label ids [..., P] as int32, every one outside [0, num_labels) replaced by num_labels.
-
-    They have the leading axes of `rows_of`, an argument by name and shape. Under `checked` an id
-    outside is an error, unless it is -1 or its row is False in `keep`.
-    """
-    ids = real(name, argument, values)
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(
-            f"{name}: {argument} must be integer label ids, got {ids.dtype}; for a multi-hot array "
-            "use jaxbce.positives_from_multi_hot"
-        )
-    if not ids.ndim:
-        raise ValueError(f"{name}: {argument} must have an axis of label ids, got one number")
-    against, shape = rows_of or (argument, ids.shape)
-    if ids.shape[:-1] != shape[:-1]:
-        one_each = f"one id per row is {argument}[..., None]"
-        rows = f"each row of {against} has a row of ids, padded with -1, which may be all of it"
-        raise ValueError(
-            f"{name}: {argument} must have shape (..., {argument}) with the leading axes of "
-            f"{against}, got {argument} {ids.shape} and {against} {shape}; "
-            f"{one_each if ids.shape == shape[:-1] else rows}"
-        )
-    if ids.dtype.itemsize < 4:
-        ids = ids.astype(jnp.int32)  # num_labels must fit; wider ids are narrowed at the end
-    inside = (ids >= 0) & (ids < num_labels)
-    ok = inside if jnp.issubdtype(ids.dtype, jnp.unsignedinteger) else inside | (ids == -1)
-    keep = None if keep is None else keep[..., None]
-    if num_labels > 2 and ids.shape[-1] == num_labels:
-        rule = "label ids, not a multi-hot array of zeros and ones"
-        check_values(name, argument, ids, jnp.any(ids > 1) | jnp.any(ids < 0), rule)
-    check_values(name, argument, ids, ok, f"in [0, {num_labels}), or -1 for padding", keep)
-    return jnp.where(inside, ids, num_labels).astype(jnp.int32)
-
-
 def check_hashable(name: str, argument: str, fn: Any, arrays: str) -> None:
     try:
         hash(fn)
@@ -335,18 +292,6 @@ def static_number(
     if not low <= number < min(high, float(jnp.finfo(jnp.float32).max)):
         raise ValueError(f"{name}: {argument} must be {valid}, got {value}")
     return number
-
-
-def check_real_dtype(name: str, argument: str, dtype: Any) -> None:
-    try:
-        real_numbers = jnp.dtype(dtype).kind != "c" and jnp.zeros((), dtype).dtype.kind in "biufV"
-    except TypeError:
-        real_numbers = False
-    if not real_numbers:
-        raise TypeError(
-            f"{name}: {argument} must be a float, integer or bool dtype, got {dtype!r}; "
-            "jax.numpy.uint8 is one"
-        )
 
 
 def _is_int(value: Any) -> bool:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxbce import _checks, _math, _placement, _reduce
 from jaxbce._head import chunks
 from jaxbce._head.loss import ChunkLoss
+from jaxbce._labels.ids import checked_ids
 from jaxbce._loss import Loss
 from jaxbce._reduce import Reduction
 
@@ -119,7 +120,7 @@ def prepare(
         where = jnp.broadcast_to(where, (*rows, where.shape[-1]))
         where = where.reshape(math.prod(rows), where.shape[-1])
     if ignored is not None:
-        ignored = _checks.positives(name, ignored, num_labels, argument="ignored", rows_of=rows_of)
+        ignored = checked_ids(name, ignored, num_labels, argument="ignored", rows_of=rows_of)
         ignored = ignored.reshape(batch, ignored.shape[-1])
     num_kept = _reduce.num_kept(where, ignored, batch, num_labels, dtype)
 
@@ -132,9 +133,7 @@ def prepare(
 
     if positives is not None:
         checked_rows = None if row_counted is None else row_counted.reshape(lead)
-        positives = _checks.positives(
-            name, positives, num_labels, rows_of=rows_of, keep=checked_rows
-        )
+        positives = checked_ids(name, positives, num_labels, rows_of=rows_of, keep=checked_rows)
         positives = positives.reshape(batch, positives.shape[-1])
     else:
         labels = _checks.shaped(name, "labels", labels, (*lead, num_labels), "(..., labels)")

@@ -14,6 +14,7 @@ from jaxbce._head import arguments, chunks
 from jaxbce._head.loss import ChunkLoss
 from jaxbce._head.mesh import PlanOptions
 from jaxbce._head.ring import OnRing
+from jaxbce._labels.ids import checked_ids
 from jaxbce._losses.bce import BCE
 
 
@@ -151,13 +152,13 @@ def _siglip(
         weight = _checks.shaped(name, "weight", weight, (batch,), "(batch,)").astype(dtype)
     rows_of = ("image_embeddings", images.shape)
     if ignored is not None:
-        ignored = _checks.positives(name, ignored, num_texts, argument="ignored", rows_of=rows_of)
+        ignored = checked_ids(name, ignored, num_texts, argument="ignored", rows_of=rows_of)
     num_kept = _reduce.num_kept(None, ignored, batch, num_texts, dtype)
     row_kept = None if num_kept is None else num_kept != 0
     if positives is None:
         positives = jnp.arange(batch, dtype=jnp.int32)[:, None]
     row_counted = _reduce.counted(weight, row_kept)
-    positives = _checks.positives(name, positives, num_texts, rows_of=rows_of, keep=row_counted)
+    positives = checked_ids(name, positives, num_texts, rows_of=rows_of, keep=row_counted)
     # Before and after the scale, which could make an infinite number of a finite one.
     images, weight = arguments.without_unused_rows(images, weight, row_kept)
     scaled = images.astype(dtype) * _math.exp(log_scale.astype(dtype))

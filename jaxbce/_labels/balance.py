@@ -181,12 +181,12 @@ def _sparse_counts(
     shape = (*jnp.shape(positives)[:-1], num_labels)
     where = _checks.mask(name, where, "multi-hot labels", shape)
     rows = None if where is None else jnp.any(where, axis=-1)
-    ids = _checks.positives(name, positives, num_labels, keep=rows)
+    ids = _ids.checked_ids(name, positives, num_labels, keep=rows)
     kept = _kept_per_label(where, shape, jnp.float32)
     if ignored is None:
         return _rows_with(ids, where, num_labels).astype(jnp.float32), kept
     rows_of = ("positives", ids.shape)
-    left_out = _checks.positives(name, ignored, num_labels, argument="ignored", rows_of=rows_of)
+    left_out = _ids.checked_ids(name, ignored, num_labels, argument="ignored", rows_of=rows_of)
     either = jnp.concatenate([ids, left_out], axis=-1)
     out = _rows_with(left_out, where, num_labels)
     count = _rows_with(either, where, num_labels) - out

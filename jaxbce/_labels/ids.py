@@ -50,9 +50,52 @@ def multi_hot(
     """
     name = "multi_hot"
     check_num_labels(name, num_labels)
-    _checks.check_real_dtype(name, "dtype", dtype)
+    _check_real_dtype(name, dtype)
     (positives,) = _checks.jit_arguments(name, positives=positives)
     return _multi_hot_of(positives, name=name, num_labels=num_labels, dtype=jnp.dtype(dtype))
+
+
+def checked_ids(
+    name: str,
+    values: Any,
+    num_labels: int,
+    *,
+    argument: str = "positives",
+    rows_of: tuple[str, tuple[int, ...]] | None = None,
+    keep: jax.Array | None = None,
+) -> jax.Array:
+    """Label ids [..., P] as int32, every one outside [0, num_labels) replaced by num_labels.
+
+    They have the leading axes of `rows_of`, an argument by name and shape. Under `checked` an id
+    outside is an error, unless it is -1 or its row is False in `keep`.
+    """
+    ids = _checks.real(name, argument, values)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(
+            f"{name}: {argument} must be integer label ids, got {ids.dtype}; for a multi-hot array "
+            "use jaxbce.positives_from_multi_hot"
+        )
+    if not ids.ndim:
+        raise ValueError(f"{name}: {argument} must have an axis of label ids, got one number")
+    against, shape = rows_of or (argument, ids.shape)
+    if ids.shape[:-1] != shape[:-1]:
+        one_each = f"one id per row is {argument}[..., None]"
+        rows = f"each row of {against} has a row of ids, padded with -1, which may be all of it"
+        raise ValueError(
+            f"{name}: {argument} must have shape (..., {argument}) with the leading axes of "
+            f"{against}, got {argument} {ids.shape} and {against} {shape}; "
+            f"{one_each if ids.shape == shape[:-1] else rows}"
+        )
+    if ids.dtype.itemsize < 4:
+        ids = ids.astype(jnp.int32)  # num_labels must fit; wider ids are narrowed at the end
+    inside = (ids >= 0) & (ids < num_labels)
+    ok = inside if jnp.issubdtype(ids.dtype, jnp.unsignedinteger) else inside | (ids == -1)
+    keep = None if keep is None else keep[..., None]
+    if num_labels > 2 and ids.shape[-1] == num_labels:
+        rule = "label ids, not a multi-hot array of zeros and ones"
+        _checks.check_values(name, argument, ids, jnp.any(ids > 1) | jnp.any(ids < 0), rule)
+    _checks.check_values(name, argument, ids, ok, f"in [0, {num_labels}), or -1 for padding", keep)
+    return jnp.where(inside, ids, num_labels).astype(jnp.int32)
 
 
 def ones_at(
@@ -94,7 +137,7 @@ def labels_of(
     if not shape:
         raise ValueError(f"{name}: logits must have an axis of labels, got ()")
     rows = None if counted is None else jnp.any(counted, axis=-1)
-    ids = _checks.positives(name, positives, shape[-1], rows_of=("logits", shape), keep=rows)
+    ids = checked_ids(name, positives, shape[-1], rows_of=("logits", shape), keep=rows)
     # uint8, which XLA converts in the loop of the loss. On a CPU some versions of XLA scatter
     # bfloat16 as float32.
     return ones_at(ids, shape[-1], jnp.uint8)
@@ -102,7 +145,7 @@ def labels_of(
 
 @_placement.compiled(result=_placement.by_row)
 def _multi_hot_of(positives: Any, *, name: str, num_labels: int, dtype: jnp.dtype) -> jax.Array:
-    ids = _checks.positives(name, positives, num_labels)
+    ids = checked_ids(name, positives, num_labels)
     return ones_at(ids, num_labels, dtype)
 
 
@@ -299,6 +342,18 @@ def _row_of_ids(name: str, i: int, row: Any) -> np.ndarray:
             "convert them to int, or for a multi-hot array use jaxbce.positives_from_multi_hot"
         )
     return array
+
+
+def _check_real_dtype(name: str, dtype: Any) -> None:
+    try:
+        real_numbers = jnp.dtype(dtype).kind != "c" and jnp.zeros((), dtype).dtype.kind in "biufV"
+    except TypeError:
+        real_numbers = False
+    if not real_numbers:
+        raise TypeError(
+            f"{name}: dtype must be a float, integer or bool dtype, got {dtype!r}; "
+            "jax.numpy.uint8 is one"
+        )
 
 
 def check_num_labels(name: str, num_labels: Any) -> None:

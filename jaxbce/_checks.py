@@ -13,7 +13,7 @@ from jax.experimental import checkify
 value_checks = jax.make_user_context(default_value=False)
 
 
-def jit_arguments(name: str, **arguments: Any) -> list[Any]:
+def jit_arguments(name: str, /, **arguments: Any) -> list[Any]:
     """The arguments as `jax.jit` takes them: arrays, numbers or None for what is not given."""
     return [_jit_argument(name, argument, values) for argument, values in arguments.items()]
 
@@ -253,7 +253,7 @@ def is_static(value: Any) -> TypeGuard[float]:
 
 
 def fraction_or_none(name: str, argument: str, value: Any) -> Any:
-    """`value`, in [0, 1] if it is known. None, which costs nothing, stands for a known 0."""
+    """`value`, which must lie in [0, 1] if it is known. A known 0 is None: no code is compiled."""
     if value is None:
         raise TypeError(f"{name}: {argument} must be a number, got None; pass 0.0 for none of it")
     if is_static(value) and not 0 <= value <= 1:

@@ -94,7 +94,11 @@ class Loss:
             raise TypeError(
                 f'Loss: parameters must be a tuple of names, got {names!r}; one name is ("margin",)'
             )
-        if taken := [name for name in names if name in Options._fields or names.count(name) > 1]:
+        if taken := [
+            name
+            for name in names
+            if name in (*Options._fields, "self", "logits", "labels") or names.count(name) > 1
+        ]:
             raise ValueError(
                 f"Loss: parameters must have names of their own, got {taken[0]!r}, which is taken; "
                 f"choose another one, such as own_{taken[0]}"
@@ -120,15 +124,9 @@ class Loss:
                 f"Loss: {min(unknown)} is no option, got one of that name; this loss has "
                 f"{', '.join((*self.parameters, *Options._fields))}"
             )
-        return evaluate(
-            "Loss",
-            self,
-            logits,
-            labels,
-            Options(weight, label_smoothing, where, axis, reduction),
-            parameters=parameters,
-            program=self.program("Loss", tuple(parameters), logits),
-        )
+        options = Options(weight, label_smoothing, where, axis, reduction)
+        program = self.program("Loss", tuple(parameters), logits)
+        return evaluate("Loss", self, logits, labels, options, parameters, program=program)
 
     def arguments(self, name: str) -> dict[str, inspect.Parameter]:
         """The argument of fn that each parameter is: by its name, or else by its place."""
@@ -165,17 +163,15 @@ class Loss:
         self, ndim: int, given: tuple[str, ...], name: str = "Loss"
     ) -> Callable[..., jax.Array]:
         """The loss of arrays of `ndim` axes: logits, labels and the parameters that are `given`."""
-        found = self.arguments(name)
+        found, kinds = self.arguments(name), inspect.Parameter
         defaults = {own: found[own].default for own in self.parameters if own not in given}
         if missing := [own for own in defaults if defaults[own] is inspect.Parameter.empty]:
             raise TypeError(
                 f"{name}: {missing[0]} is a required parameter of this loss, got none; pass "
                 f"{missing[0]}=... in the call"
             )
-        by_name = all(
-            found[own].name == own and found[own].kind is not inspect.Parameter.POSITIONAL_ONLY
-            for own in found
-        )
+        in_call = (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
+        by_name = all(a.name == own and a.kind in in_call for own, a in found.items())
 
         def scalar(x: jax.Array, y: jax.Array, *arrays: jax.Array) -> jax.Array:
             values = defaults | dict(zip(given, arrays, strict=True))
@@ -220,8 +216,8 @@ def evaluate(
     scores: ArrayLike,
     labels: ArrayLike,
     options: Options,
-    *,
     parameters: Mapping[str, ArrayLike | None] | None = None,
+    *,
     score_name: str = "logits",
     bound: Callable[..., jax.Array] = size_bound,
     sparse: bool = False,

@@ -18,10 +18,6 @@ def _axes_of(mesh: AbstractMesh, wanted: AxisType) -> tuple[str, ...]:
     return tuple(name for name, kind in kinds if kind == wanted)
 
 
-def _explicit_axes(mesh: AbstractMesh) -> tuple[str, ...]:
-    return _axes_of(mesh, AxisType.Explicit)
-
-
 def manual_axes() -> tuple[str, ...]:
     """Those over which a `jax.shard_map` around has sharded the arrays."""
     return _axes_of(jax.sharding.get_abstract_mesh(), AxisType.Manual)
@@ -31,7 +27,7 @@ def _explicit_mesh(arrays: Any) -> AbstractMesh | None:
     """The mesh with explicit axes that the types of the arrays speak of."""
     leaves = [leaf for leaf in jax.tree.leaves(arrays) if isinstance(leaf, jax.Array)]
     meshes = (jax.typeof(array).sharding.mesh for array in leaves)
-    return next((mesh for mesh in meshes if _explicit_axes(mesh)), None)
+    return next((mesh for mesh in meshes if _axes_of(mesh, AxisType.Explicit)), None)
 
 
 def names_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -42,9 +38,10 @@ def names_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def common_spec(*arrays: jax.Array | None) -> PartitionSpec:
-    """For each axis of the first array, the sharding of the first array that is sharded there.
+    """How a result of the shape of `arrays[0]` is sharded; the others broadcast to that shape.
 
-    The others broadcast to the shape of the first. No axis of the mesh is used twice.
+    Each axis is sharded as in the leftmost array that shards it, unless that axis of the mesh is
+    already used.
     """
     first = arrays[0]
     if first is None:  # which its check refuses
@@ -98,7 +95,11 @@ def automatic(fn: Callable[..., Any], arrays: Any, out_specs: Any) -> Any:
         # Where no array is on the explicit mesh of a `jax.set_mesh` around, jax 0.8 and 0.9 put new
         # arrays there all the same, and refuse the mixture.
         around = jax.sharding.get_abstract_mesh()
-        mixed = jax.__version_info__ < (0, 10) and _explicit_axes(around) and not manual_axes()
+        mixed = (
+            jax.__version_info__ < (0, 10)
+            and _axes_of(around, AxisType.Explicit)
+            and not manual_axes()
+        )
         with jax.sharding.use_abstract_mesh(AbstractMesh((), ()) if mixed else around):
             return fn(*arrays)
     shardings = jax.tree.map(
@@ -106,7 +107,7 @@ def automatic(fn: Callable[..., Any], arrays: Any, out_specs: Any) -> Any:
         out_specs,
         is_leaf=lambda spec: isinstance(spec, PartitionSpec),
     )
-    axes = _explicit_axes(mesh)
+    axes = _axes_of(mesh, AxisType.Explicit)
     return jax.sharding.auto_axes(fn, axes=axes, out_sharding=shardings)(*arrays)
 
 
@@ -132,10 +133,10 @@ def compiled(result: Callable[..., Any], results: int = 1) -> Callable[[Function
 
 
 def vary_together(arrays: Arrays) -> Arrays:
-    """Inside `jax.shard_map`, the arrays marked as varying over the same axes of the mesh.
+    """Inside `jax.shard_map`, the arrays marked as varying over every axis that any of them does.
 
-    `jax.shard_map` accepts them together then. The gradient of an array that is the same on several
-    devices is summed over them.
+    Then they can be combined, and JAX sums the gradient of an array that is the same on several
+    devices. The mark comes with a 0 that is computed from all arrays.
     """
     if not manual_axes():
         return arrays

@@ -65,7 +65,12 @@ class Equation(NamedTuple):
 
 
 def trace(fn: Callable[..., Any], *arguments: Any) -> Any:
-    """The program of `fn`, the same on every mesh: the types of arrays tell nothing of one."""
+    """The program of `fn`, the same on every mesh: the types of arrays tell nothing of one.
+
+    JAX keeps a trace by the identity of the function. Wrap the function in a new one before it is
+    traced: else the numbers are those of the first trace, even if the object that holds them has
+    changed.
+    """
     with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
         return jax.make_jaxpr(fn)(*arguments)
 
@@ -79,7 +84,7 @@ def of_loss(
     fails what it must be, and `remedy` to one whose loss holds a traced value what to do.
     """
 
-    # New functions: of one that it knows, JAX returns the program with the numbers of that time.
+    # New functions: see `trace`.
     def value(*arrays: jax.Array) -> jax.Array:
         return loss(*arrays)
 
@@ -295,16 +300,17 @@ def _inner_equations(program: Any, if_traced: str) -> tuple[Equation, ...]:
 
 
 def _inner_programs(options: Any) -> list[Any]:
-    """Those that the options of an operation hold, by themselves or, in newer JAX, traced."""
+    """The programs among the options of an operation. Newer JAX wraps some as traced functions."""
     leaves = [getattr(leaf, "traced", leaf) for leaf in jax.tree.leaves(options)]
     programs = [leaf.jaxpr if isinstance(leaf, jax.stages.Traced) else leaf for leaf in leaves]
     return [each for each in programs if hasattr(getattr(each, "jaxpr", each), "eqns")]
 
 
 def _is_plain(option: tuple[str, Any]) -> bool:
-    """Whether an option of an operation says more than shapes and the programs inside it do.
+    """Whether an option of an operation is compared.
 
-    A function says how to differentiate.
+    Shapes and the programs inside it are read by themselves. A function among the options only says
+    how to differentiate, and `of_loss` traces the derivatives too.
     """
     key, value = option
     plain = isinstance(value, Hashable) and not callable(value) and not _inner_programs(value)

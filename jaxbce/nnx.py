@@ -279,6 +279,11 @@ class MultiLabelHead(nnx.Module):
         selected = nnx.All(wrt, lambda path, _: path[0] == 0)
         structure, weights = nnx.graphdef(nodes), nnx.state(nodes, selected)
         rest = nnx.state(nodes, nnx.Not(selected))
+        if not weights:
+            raise ValueError(
+                "MultiLabelHead: wrt selects nothing of the encoder, got "
+                f"{wrt}; use MultiLabelHead.update with the features of a fixed encoder"
+            )
         kinds = [leaf.dtype for leaf in jax.tree.leaves(weights)]
         if whole := [kind for kind in kinds if not jnp.issubdtype(kind, jnp.inexact)]:
             raise TypeError(

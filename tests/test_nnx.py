@@ -938,6 +938,10 @@ def test_an_encoder_with_parameters_that_are_no_floats_is_refused():
     of_head = nnx.Optimizer(head, optax.sgd(0.1), wrt=nnx.Param)
     with pytest.raises(TypeError, match="floats in what wrt selects, got int32; hold it in"):
         head.update_with_encoder(of_head, Permuted(), features(), positives=POSITIVES)
+    with pytest.raises(ValueError, match="wrt selects nothing of the encoder"):
+        head.update_with_encoder(
+            of_head, Permuted(), features(), wrt=nnx.BatchStat, positives=POSITIVES
+        )
     with pytest.raises(TypeError, match=r"no argument train, .*takes its inputs by position"):
         head.update_with_encoder(of_head, Permuted(), features(), positives=POSITIVES, train=True)
     assert of_head.step[...] == 0

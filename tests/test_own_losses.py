@@ -292,6 +292,11 @@ BAD = {
         ValueError,
         r"must be names of arguments of fn, .*'slope', 'other'.* and the arguments .*'margin'",
     ),
+    "name of an argument": (
+        lambda: jaxbce.Loss(lambda x, y, logits: x * logits, ("logits",)),
+        ValueError,
+        r"names of their own, got 'logits', which is taken; choose .* own_logits",
+    ),
     "misspelt": (
         lambda: jaxbce.Loss(hinge, ("margn",))(X, X, margn=1.0),
         ValueError,
@@ -353,6 +358,13 @@ def test_a_public_function_names_what_its_loss_requires():
     """One of the package hands None on where a user gave it None."""
     with pytest.raises(TypeError, match=r"^a_loss: log_prior is a required"):
         evaluate("a_loss", ADJUSTED, X, X, Options(), parameters={"log_prior": None})
+
+
+def test_any_other_name_will_do():
+    """Also one that a private function uses, and that of *arguments."""
+    by_name = jaxbce.Loss(lambda x, y, name: (x - y) * name, ("name",))
+    in_place = jaxbce.Loss(lambda x, y, *margin: (x - y) * margin[0], ("margin",))
+    assert by_name(X, X + 1, name=2.0) == in_place(X, X + 1, margin=2.0) == -2
 
 
 def test_errors_in_the_head():

@@ -566,7 +566,10 @@ def test_errors_name_the_axis(options, message, mesh):
 @pytest.mark.parametrize(
     ("axis", "message"),
     [
-        ("model", "axis 'model' has 4 .* the size 6 .* pad to 8, the next.* by ignored"),
+        (
+            "model",
+            "axis 'model' .* the size 6 .* pad to 8, .* by ignored, and multiply the loss by 8 / 6",
+        ),
         (("data", "model"), r"axis \('data', 'model'\) has 8 .* the size 6"),
         (("data", "data"), "axis must be different axes of the mesh, got 'data' twice"),
     ],

@@ -218,7 +218,7 @@ IMAGES, OTHERS = np.ones((4, 2), np.float32), np.ones((6, 2), np.float32)
 @pytest.mark.parametrize(
     ("texts", "options", "error", "message"),
     [
-        (IMAGES[:3], {}, ValueError, "at least as many rows .* got 3 texts and 4 images; repeat"),
+        (IMAGES[:3], {}, ValueError, "at least as many rows .* got 3 texts and 4 images; append"),
         (OTHERS[:, :1], {}, ValueError, r"\(texts, width\) .* \(4, 2\), got \(6, 1\); project"),
         (OTHERS[0], {}, ValueError, r"text_embeddings must have shape .* got \(2,\)"),
         (OTHERS, {"weight": OTHERS[:, 0]}, ValueError, r"weight must .* \(batch,\) = \(4,\), got"),
@@ -228,7 +228,12 @@ IMAGES, OTHERS = np.ones((4, 2), np.float32), np.ones((6, 2), np.float32)
         (OTHERS, {"ignored": np.ones((6, 1), int)}, ValueError, r"ignored .*image_embeddings"),
         (OTHERS, {"ignored": np.ones(4, int)}, ValueError, r"one id per row is ignored\[..., None"),
         (OTHERS, {"ignored": IMAGES}, TypeError, "ignored must be integer label ids"),
-        (OTHERS, {"ignored": [[1], [], [2], []]}, TypeError, "ignored must be .*padded with -1"),
+        (
+            OTHERS,
+            {"ignored": [[1], [], [2], []]},
+            TypeError,
+            "ignored must be .*positives_from_rows",
+        ),
     ],
     ids=[
         "fewer texts",

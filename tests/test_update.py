@@ -873,7 +873,7 @@ ERRORS = {
     "no labels": (
         {"params": {"kernel": jnp.ones((WIDTH, 0))}},
         ValueError,
-        r"kernel must have at least one label and feature, got \(2, 0\)",
+        r"kernel must have two axes, of at least one label and one feature, got \(2, 0\)",
     ),
     "another state": (
         {"opt_state": OPTIMIZERS["adam"].init({"kernel": KERNEL})},

@@ -117,14 +117,14 @@ def chunk_logits(
 
 
 def chunk_mask(
-    operands: Operands, first: jax.Array | int, start: jax.Array | int, size: int
+    operands: Operands, id_of_start: jax.Array | int, start: jax.Array | int, size: int
 ) -> jax.Array | None:
-    """What is kept of `size` labels from `start` on, whose ids count from `first`."""
+    """Which of the `size` labels from `start` on are kept. The id of the first is `id_of_start`."""
     keep = operands.where
     if keep is not None and keep.shape[1] != 1:
         keep = part_of(keep, 1, start, size)
     if operands.ignored is not None:
-        known = ~ones_at(operands.ignored, size, bool, first)
+        known = ~ones_at(operands.ignored, size, bool, id_of_start)
         keep = known if keep is None else known & keep
     return keep
 
@@ -150,12 +150,11 @@ def gradient_dtype(operand: jax.Array) -> Any:
 
 
 def without_nan(kernel: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """A kernel with 0 for what is not finite, and NaN for each label that has such a number.
+    """A kernel with 0 for what is not finite, and a mark for each label: NaN if it had such, or 0.
 
-    `axis` counts the features.
-
-    The NaN goes into the logits. A product would take it from a label that is masked to a row,
-    because 0 · NaN is NaN.
+    `axis` counts the features. The mark is added to the logits. A NaN that stayed in the kernel
+    would reach the gradient of the features also from a masked label: its slope is 0, but 0 · NaN
+    is NaN.
     """
     finite = jnp.isfinite(kernel)
     # 0 · ∞ and 0 · NaN are NaN.
@@ -221,7 +220,9 @@ def chunk_pass(
     else:
         labels = ones_at(operands.positives, size, jnp.uint8, id_of_start)
     elements = {"logits": logits, "labels": labels.astype(logits.dtype)}
-    # Unlike `broadcast_to`, sums vary over the same axes of a mesh as the logits.
+    # Inside `jax.shard_map` an array is marked by the axes of the mesh over which it varies.
+    # `broadcast_to` would not mark one as the logits are, and JAX would sum its gradient over the
+    # rows' axis. `plan.total` does that later. A sum with these zeros marks it.
     zeros = jnp.zeros_like(logits)
     if operands.per_label:
         elements["per_label"] = tuple(zeros + array[None] for array in part("per_label"))
@@ -236,8 +237,10 @@ def chunk_pass(
 
     if due is not None:
         keep = due[None] if keep is None else keep & due[None]
-    # masked: left out by the user, with a loss of 0. annihilated: not finite, in a row of weight 0.
-    # hidden: either. What is hidden is replaced before the loss sees it.
+    # Two reasons to leave an element out. masked: the user's mask, or a label that another chunk
+    # counts; its loss is 0. annihilated: it is not finite and its row has weight 0; its loss is set
+    # to ∞, which `finite_rows` makes 0. What is hidden, for either reason, is replaced before the
+    # loss sees it.
     masked = None if keep is None else ~keep
     hidden, annihilated = masked, None
     if weightless is not None:
@@ -251,7 +254,7 @@ def chunk_pass(
         # Replaced before anything is computed of them, so that no NaN reaches a derivative.
         losses = smoothed_loss(replaced(elements, hidden))
         if annihilated is not None:
-            losses = jnp.where(annihilated, jnp.inf, losses)  # for `finite_rows`, which makes it 0
+            losses = jnp.where(annihilated, jnp.inf, losses)
         return losses if masked is None else jnp.where(masked, 0, losses)
 
     # Also without gradients. A built-in loss has a rule for reverse mode only. Once it is applied,
@@ -261,8 +264,8 @@ def chunk_pass(
     if not with_gradients:
         return by_row, {}
 
-    # The row factor, of which the gradients are a linear function, is not compared with 0: that
-    # would lose what a second derivative needs where it is 0, and could not be transposed.
+    # Rows whose factor is 0 are not skipped. The gradients are linear in the factor. A comparison
+    # would break that, and a second derivative needs the term where the factor is 0.
     (by_element,) = pullback(zeros + operands.row_factor[:, None])
     # Written to memory once. XLA on a TPU would write the float32 logits, and compute it twice.
     by_logit = jax.lax.optimization_barrier(by_element["logits"].astype(kernel.dtype))
@@ -343,9 +346,9 @@ def scaled_sum(by_row: jax.Array, operands: Operands) -> jax.Array:
     return jnp.sum(finite_rows(by_row, operands) * operands.row_factor)
 
 
-# The residuals of the rules below have one structure, whatever is differentiated: JAX shares it
-# between all calls of a compiled function. What is computed for an operand that is not
-# differentiated, the compiler removes.
+# JAX traces the rules below once for a compiled function, not once for each set of arguments that
+# is differentiated. So they return the gradients of all operands. The compiler removes those that
+# nobody uses.
 
 
 def empty_operands(operands: Operands) -> Operands:

@@ -23,7 +23,8 @@ class ChunkLoss:
 
     loss: Loss | Callable[..., jax.Array]  # a function takes [rows, chunk] and numbers [chunk]
     per_label: tuple[str, ...] = ()  # what errors call the numbers of its labels
-    # What a user's loss does, for one logit or for arrays [2, 3]. A compiled pass is known by it.
+    # What a user's loss does, for one logit or for arrays [2, 3]. It is in the key of a compiled
+    # pass: a function whose numbers have changed is compiled anew.
     program: tuple[_program.Equation, ...] = ()
     name: str = ""  # of the public function
 

@@ -122,6 +122,11 @@ class PlanOptions:
             )
         seen = list[str]()
         for argument, axis in axes.items():
+            if not isinstance(axis, str | tuple | None):
+                raise TypeError(
+                    f"{name}: {argument} must be the name of an axis of the mesh, or a tuple of "
+                    f"names, got {axis!r}"
+                )
             for one in _placement.names_of(axis):
                 if mesh is not None and one not in mesh.axis_names:
                     raise ValueError(
@@ -177,12 +182,20 @@ class PlanOptions:
         sharing = tuple(one for one in _placement.names_of(axis) if shape[one] > 1)
         devices = math.prod(shape[one] for one in sharing)
         if size % devices:
-            masks = {"linear_top_k": "a bias of -inf", "siglip_loss": "ignored"}
+            new, by_rows = size + -size % devices, argument == "batch_axis"
+            leave_out = "leave the rest out by where"
+            if name == "linear_top_k":
+                leave_out = (
+                    "drop their results" if by_rows else "leave the rest out by a bias of -inf"
+                )
+            if name == "siglip_loss":
+                leave_out = (
+                    f"leave the rest out by ignored, and multiply the loss by {new} / {size}"
+                )
             raise ValueError(
                 f"{name}: {argument} {axis!r} has {devices} devices, which does not divide the "
-                f"size {size} that it shards; pad to {size + -size % devices}, the next size that "
-                f"it divides, and leave the rest out by {masks.get(name, 'where')}, or use another "
-                "mesh"
+                f"size {size} that it shards; pad to {new}, the next size that it divides, and "
+                f"{leave_out}, or use another mesh"
             )
         around = _placement.manual_axes()
         if taken := [one for one in sharing if one in around]:

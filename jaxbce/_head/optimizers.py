@@ -17,7 +17,7 @@ class Layout(NamedTuple):
     program: tuple[_program.Equation, ...]
 
     def split(self, state: Any) -> tuple[list[jax.Array], list[jax.Array]]:
-        """The leaves by label, and the others, as the number of steps."""
+        """The leaves by label, and those without an axis of labels, such as the number of steps."""
         leaves = list(zip(jax.tree.leaves(state), self.axes, strict=True))
         by_label = [leaf for leaf, axis in leaves if axis is not None]
         return by_label, [leaf for leaf, axis in leaves if axis is None]
@@ -49,14 +49,9 @@ def layout_of(name: str, optimizer: Any, params: Any, opt_state: Any, transposed
             f"update, got {type(optimizer).__name__}; a dataclass is hashable with eq=False"
         ) from None
     arrays = {argument: _checks.floating(name, argument, params[argument]) for argument in params}
-    if not arrays["kernel"].size:
+    if arrays["kernel"].ndim != 2 or not arrays["kernel"].size:
         raise ValueError(
-            f"{name}: kernel must have at least one label and feature, got "
-            f"{arrays['kernel'].shape}; there is nothing to train"
-        )
-    if arrays["kernel"].ndim != 2:
-        raise ValueError(
-            f"{name}: kernel must have two axes, of features and labels, got "
+            f"{name}: kernel must have two axes, of at least one label and one feature, got "
             f"{arrays['kernel'].shape}"
         )
     param_axes = label_dims(arrays, transposed)
@@ -121,7 +116,7 @@ def _read(name: str, optimizer: Any, params: Any, state: Any) -> tuple[_program.
         for argument, array in params.items()
     }
     try:
-        # `anew` is a new function: of one that it knows, JAX returns the trace with old numbers.
+        # `anew` is a new function: see `_program.trace`.
         traced = _program.trace(anew, gradients, params, state)
     except (NameError, TypeError, ValueError) as error:
         raise TypeError(

@@ -152,7 +152,7 @@ def linear_update(
             f"{name}: pos_weight and label_smoothing belong to the loss that is built in, got a "
             "loss of your own; it takes its options itself, and arrays as per_label"
         )
-    if loss is None and len(per_label):
+    if loss is None and per_label != ():
         raise ValueError(
             f"{name}: per_label belongs to a loss of your own, got loss=None; pass a loss, or "
             "pos_weight"
@@ -224,8 +224,8 @@ def _update(
         params, state = parts
         params, state = optimizers.step(optimizer, gradients, params, layout.join(state, others))
         state, new_others = layout.split(state)
-        # The rest of the state is the same for all chunks. So is its key: that of a label after the
-        # last one.
+        # State without an axis of labels, such as the number of steps, must come out the same in
+        # every chunk. So it is rounded with the same key, that of a label after the last one.
         return (
             rounding.rounded((params, state), parts, rounding.key_of(key, start)),
             rounding.rounded(new_others, others, rounding.key_of(key, num_labels)),
@@ -309,9 +309,12 @@ def update_pass(
 ) -> tuple[jax.Array, jax.Array, Any, Any]:
     """The loss of each row, the gradient of the features, and what `by_label` and others become.
 
-    Each turn first writes the chunk of the turn before, then reads its own chunk from the result.
-    Nobody needs an array as it was before the write, so XLA writes in place. If a turn read and
-    wrote one chunk, XLA would copy the whole array.
+    A chunk is written one turn late: a turn writes the chunk of the turn before, then reads its own
+    from the result. The array as it was has no later reader, so XLA writes in place. If a turn read
+    and wrote the same chunk, XLA would copy the whole array.
+
+    The last chunk is as large as the others and overlaps the one before, unlike that of
+    `full_pass`: an optimizer is proven for two sizes, that of a chunk and that of all labels.
     """
     chunk_size, num_labels = plan.chunk_size, plan.num_labels(operands.kernel)
     first_label = plan.first_label(operands.kernel)

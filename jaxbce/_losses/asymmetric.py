@@ -209,10 +209,5 @@ def asymmetric_loss(
     loss = bce.BCE
     if clip or any(gammas):
         loss = Loss(asymmetric(*gammas, clip, bool(stop_focus_gradient)))
-    return evaluate(
-        name,
-        loss,
-        logits,
-        labels,
-        Options(weight, label_smoothing, where, axis, reduction),
-    )
+    options = Options(weight, label_smoothing, where, axis, reduction)
+    return evaluate(name, loss, logits, labels, options)

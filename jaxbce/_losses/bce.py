@@ -107,14 +107,10 @@ def bce_with_logits(
 
     Source: PyTorch's `BCEWithLogitsLoss`, whose arguments and divisor it shares.
     """
-    return evaluate(
-        "bce_with_logits",
-        BCE_FORWARD if forward_mode else BCE,
-        logits,
-        labels,
-        Options(weight, label_smoothing, where, axis, reduction),
-        parameters={"pos_weight": pos_weight},
-    )
+    loss = BCE_FORWARD if forward_mode else BCE
+    options = Options(weight, label_smoothing, where, axis, reduction)
+    parameters = {"pos_weight": pos_weight}
+    return evaluate("bce_with_logits", loss, logits, labels, options, parameters)
 
 
 def sigmoid_binary_cross_entropy(
@@ -143,14 +139,9 @@ def sigmoid_binary_cross_entropy(
 
     Source: `optax.sigmoid_binary_cross_entropy`.
     """
-    return evaluate(
-        "sigmoid_binary_cross_entropy",
-        BCE_FORWARD if forward_mode else BCE,
-        logits,
-        labels,
-        Options(weight, label_smoothing, where),
-        parameters={"pos_weight": pos_weight},
-    )
+    name, loss = "sigmoid_binary_cross_entropy", BCE_FORWARD if forward_mode else BCE
+    options, parameters = Options(weight, label_smoothing, where), {"pos_weight": pos_weight}
+    return evaluate(name, loss, logits, labels, options, parameters)
 
 
 def sparse_bce_with_logits(
@@ -208,12 +199,6 @@ def sparse_bce_with_logits(
 
     Source: PyTorch's `MultiLabelSoftMarginLoss` with the labels of its `MultiLabelMarginLoss`.
     """
-    return evaluate(
-        "sparse_bce_with_logits",
-        BCE,
-        logits,
-        positives,
-        Options(weight, label_smoothing, where, axis, reduction),
-        parameters={"pos_weight": pos_weight},
-        sparse=True,
-    )
+    name, parameters = "sparse_bce_with_logits", {"pos_weight": pos_weight}
+    options = Options(weight, label_smoothing, where, axis, reduction)
+    return evaluate(name, BCE, logits, positives, options, parameters, sparse=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -137,9 +136,10 @@ def focal(gamma: float | None) -> _math.ScalarFn:
 
 @functools.cache
 def bound_of(gamma: float) -> _math.ScalarFn:
-    """The slope of the slope by a label is up to 4 gamma (gamma - 1) times the loss.
+    """A `size_bound` with 4 (1 + gamma)² beside the arrays, for the factors of the derivatives.
 
-    A gamma that is an array is counted once, as every parameter. That differs from gamma = 1e19 on.
+    The largest factor is 4 gamma (gamma - 1). A gamma that is an array counts once, as every
+    parameter, which is enough below 1e19.
     """
 
     def bound(x: jax.Array, y: jax.Array, *others: jax.Array) -> jax.Array:
@@ -148,21 +148,19 @@ def bound_of(gamma: float) -> _math.ScalarFn:
     return bound
 
 
-def focal_of(
-    name: str, alpha: Any, gamma: Any
-) -> tuple[Loss, dict[str, Any], Callable[..., jax.Array]]:
-    """The loss, its array parameters and its bound.
-
-    A gamma known while tracing is a constant of the loss, and None among its parameters.
-    """
+def evaluate_focal(
+    name: str, logits: Any, labels: Any, alpha: Any, gamma: Any, options: Options
+) -> jax.Array:
+    """A gamma known while tracing is a constant of the loss, and None among its parameters."""
     if alpha is not None and _checks.is_static(alpha):
         alpha = _checks.static_number(name, "alpha", alpha, "in [0, 1]", 0, math.nextafter(1, 2))
     exponent = None
     if gamma is None or _checks.is_static(gamma):
         valid = "finite and at least 0"
         exponent, gamma = _checks.static_number(name, "gamma", gamma, valid, 0, math.inf), None
-    parameters = {"alpha": alpha, "gamma": gamma}
-    return Loss(focal(exponent), ("alpha", "gamma")), parameters, bound_of(exponent or 0)
+    loss, parameters = Loss(focal(exponent), ("alpha", "gamma")), {"alpha": alpha, "gamma": gamma}
+    bound = bound_of(exponent or 0)
+    return evaluate(name, loss, logits, labels, options, parameters, bound=bound)
 
 
 def focal_loss(
@@ -231,17 +229,8 @@ def focal_loss(
 
     Source: Lin et al., "Focal Loss for Dense Object Detection" (2017).
     """
-    name = "focal_loss"
-    loss, parameters, bound = focal_of(name, alpha, gamma)
-    return evaluate(
-        name,
-        loss,
-        logits,
-        labels,
-        Options(weight, label_smoothing, where, axis, reduction),
-        parameters=parameters,
-        bound=bound,
-    )
+    options = Options(weight, label_smoothing, where, axis, reduction)
+    return evaluate_focal("focal_loss", logits, labels, alpha, gamma, options)
 
 
 def sigmoid_focal_loss(
@@ -271,14 +260,5 @@ def sigmoid_focal_loss(
     Source: `optax.sigmoid_focal_loss` and `torchvision.ops.sigmoid_focal_loss`, whose alpha is 0.25
     unless it is given.
     """
-    name = "sigmoid_focal_loss"
-    loss, parameters, bound = focal_of(name, alpha, gamma)
-    return evaluate(
-        name,
-        loss,
-        logits,
-        labels,
-        Options(weight, where=where),
-        parameters=parameters,
-        bound=bound,
-    )
+    options = Options(weight, where=where)
+    return evaluate_focal("sigmoid_focal_loss", logits, labels, alpha, gamma, options)

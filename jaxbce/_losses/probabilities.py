@@ -148,12 +148,7 @@ def bce(
 
     Source: PyTorch's `BCELoss`, whose clamps it shares.
     """
+    options = Options(weight, label_smoothing, where, axis, reduction)
     return evaluate(
-        "bce",
-        OF_PROBABILITIES,
-        probs,
-        labels,
-        Options(weight, label_smoothing, where, axis, reduction),
-        score_name="probs",
-        bound=bound,
+        "bce", OF_PROBABILITIES, probs, labels, options, score_name="probs", bound=bound
     )

@@ -762,6 +762,7 @@ def error_of(call, head):
     return caught.type, str(caught.value)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("call", BAD_CALLS.values(), ids=BAD_CALLS)
 def test_padding_changes_no_error(call):
     alone, padded = alone_and_padded((AUTO, AUTO), BOTH)

@@ -118,6 +118,7 @@ every_function_of_ids = pytest.mark.parametrize(
 every_kind = pytest.mark.parametrize("kind", list(jax.sharding.AxisType)[:2], ids=str)
 
 
+@pytest.mark.thorough
 @every_function_of_ids
 @every_kind
 def test_no_ids(name, kind):
@@ -127,6 +128,7 @@ def test_no_ids(name, kind):
         assert_close(of_ids(name, mesh, **given), of_ids(name, None, **given))
 
 
+@pytest.mark.thorough
 @every_function_of_ids
 @every_kind
 def test_checked(name, kind):

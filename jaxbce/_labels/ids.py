@@ -91,7 +91,7 @@ def checked_ids(
     inside = (ids >= 0) & (ids < num_labels)
     ok = inside if jnp.issubdtype(ids.dtype, jnp.unsignedinteger) else inside | (ids == -1)
     keep = None if keep is None else keep[..., None]
-    if num_labels > 2 and ids.shape[-1] == num_labels:
+    if _checks.values_are_checked() and ids.shape[-1] == num_labels and num_labels > 2:
         rule = "label ids, not a multi-hot array of zeros and ones"
         _checks.check_values(name, argument, ids, jnp.any(ids > 1) | jnp.any(ids < 0), rule)
     _checks.check_values(name, argument, ids, ok, f"in [0, {num_labels}), or -1 for padding", keep)

@@ -21,6 +21,7 @@ Expected on the test part: the median of seeds 0, 1, 2 and (lowest-highest), at 
     LRAP            0.7699 (0.7696-0.7706)    0.7730    0.7606          0.7050
     mAP             0.5185 (0.5181-0.5225)    0.5195    0.5287          0.3037
 
+The program takes 40 s of CPU time, of which 7 s are the support vector machine and 5 s the forest.
 The support vector machine (one a label, RBF kernel) stays ahead in four metrics, the forest in mAP,
 the networks lead in ranking loss. On 1500 genes such rivals are enough. Start from this example if
 you have more data, a network of your own, masked labels, or an accelerator. Settings, those of the

@@ -132,20 +132,20 @@ def candidates(plan: OneDevice, wanted: Wanted, layer: Layer) -> Candidates:
     axis = plan.label_dim_of("kernel")
     num_labels, chunk_size = plan.num_labels(kernel), max(plan.chunk_size, k)
     whole = max(num_labels // chunk_size - 1, 0)
-    first = num_labels - whole * chunk_size
+    first_size = num_labels - whole * chunk_size
 
     def best_of(start: jax.Array | int, size: int) -> Candidates:
         part = part_of(kernel, axis, start, size).astype(features.dtype)
         added = [] if bias is None else [part_of(bias, 0, start, size)]
         logits = chunk_logits(plan, features, part, added)
-        first = first_label + start
+        id_of_start = first_label + start
         if wanted.num_labels is not None:
             # A bias of −∞ would not do: of an infinite feature the logits of padding are NaN.
-            own = first + jnp.arange(size, dtype=jnp.int32)[None] < wanted.num_labels
-            logits = jnp.where(own, logits, -jnp.inf)
+            is_label = id_of_start + jnp.arange(size, dtype=jnp.int32)[None] < wanted.num_labels
+            logits = jnp.where(is_label, logits, -jnp.inf)
         # `jax.lax.top_k` orders NaN by its sign, which is left to chance.
         values, ids = jax.lax.top_k(jnp.where(jnp.isnan(logits), jnp.nan, logits), k)
-        return values, ids + first
+        return values, ids + id_of_start
 
     def step(found: Candidates, start: jax.Array) -> tuple[Candidates, None]:
         # The lower labels come first, and `best` prefers the first of equal values.
@@ -156,9 +156,9 @@ def candidates(plan: OneDevice, wanted: Wanted, layer: Layer) -> Candidates:
         return best(values, ids, k), None
 
     # The first chunk also takes the labels left over; it holds at least k.
-    found = best_of(0, first)
+    found = best_of(0, first_size)
     if whole:  # `jax.disable_jit` refuses a loop of no turns
-        starts = first + jnp.arange(whole, dtype=jnp.int32) * chunk_size
+        starts = first_size + jnp.arange(whole, dtype=jnp.int32) * chunk_size
         found, _ = jax.lax.scan(step, found, starts)
     return found
 

@@ -94,11 +94,8 @@ class Loss:
             raise TypeError(
                 f'Loss: parameters must be a tuple of names, got {names!r}; one name is ("margin",)'
             )
-        if taken := [
-            name
-            for name in names
-            if name in (*Options._fields, "self", "logits", "labels") or names.count(name) > 1
-        ]:
+        reserved = (*Options._fields, "self", "logits", "labels")
+        if taken := [name for name in names if name in reserved or names.count(name) > 1]:
             raise ValueError(
                 f"Loss: parameters must have names of their own, got {taken[0]!r}, which is taken; "
                 f"choose another one, such as own_{taken[0]}"
@@ -140,8 +137,11 @@ class Loss:
         if self.parameters and set(self.parameters) <= named.keys():
             found = {own: named[own] for own in self.parameters}
         else:
-            # One that has a name and a default is no place for another name, which may be misspelt.
-            places = [a for a in others if a.kind in in_place and a.default is kinds.empty]
+            # An argument with a default is no place for another name, which may be misspelt.
+            free = [a.name for a in others if a.default is kinds.empty or a.name not in named]
+            places = [
+                a for a in others if a.kind in in_place and a.name in (*free, *self.parameters)
+            ]
             places += variadic * len(self.parameters)
             found = dict(zip(self.parameters, places, strict=False))
         names = [a.name for a in signature]

@@ -365,6 +365,9 @@ def test_any_other_name_will_do():
     by_name = jaxbce.Loss(lambda x, y, name: (x - y) * name, ("name",))
     in_place = jaxbce.Loss(lambda x, y, *margin: (x - y) * margin[0], ("margin",))
     assert by_name(X, X + 1, name=2.0) == in_place(X, X + 1, margin=2.0) == -2
+    unnamed = jaxbce.Loss(lambda x, y, scale=1.0, /: (x - y) * scale, ("factor",))
+    mixed = jaxbce.Loss(lambda x, y, a, scale=1.0: a * (x - y) * scale, ("offset", "scale"))
+    assert unnamed(X, X + 1, factor=2.0) == mixed(X, X + 1, offset=1.0, scale=2.0) == -2
 
 
 def test_errors_in_the_head():

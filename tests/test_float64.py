@@ -157,18 +157,14 @@ def assert_within(bound, got, expected, slope, points, kink=0.0, fraction=False)
     assert error[worst] <= bound, f"{error[worst]:.3g} units at {points[worst]}"
 
 
-def marks(case, orders):
-    """Higher derivatives take seconds each, unless of a function of x alone."""
-    return [pytest.mark.thorough] if sum(orders) > 1 and len(case.arguments) > 1 else []
-
-
 PAIRS = [
-    pytest.param(name, orders, id=f"{name}-{''.join(map(str, orders))}", marks=marks(case, orders))
+    pytest.param(name, orders, id=f"{name}-{''.join(map(str, orders))}")
     for name, case in CASES.items()
     for orders in case.orders
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "orders"), PAIRS)
 def test_within_units(name, orders):
     """By logit up to 700; by other arguments up to 40, which needs fewer digits of mpmath."""

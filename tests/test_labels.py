@@ -357,6 +357,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sparse_loss_equals_the_dense_one_exactly(options, dtype, rng):

@@ -45,6 +45,7 @@ OPTIONS = ("bias", "weight", "pos_weight", "label_smoothing")
 CASES = [(*case, OPTIONS) for case in CASES] + [("where", "sum", ()), ("where", "mean", ())]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("mask", "reduction", "options"), CASES, ids=["-".join([*c[:2], *c[2][:1]]) for c in CASES]
 )

@@ -458,6 +458,7 @@ def test_creation_by_the_recipe_of_flax(kinds, axis):
         assert_sharded(nnx.state(create()), axis)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("own", [False, True], ids=["Optimizer.update", "head.update"])
 @pytest.mark.parametrize("creation", [lambda fn: fn, nnx.jit], ids=["eager", "nnx.jit"])
 @on_meshes(*ON_MESHES)
@@ -618,6 +619,7 @@ def assert_same_labels(got, expected):
         np.testing.assert_allclose(padding, other, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("reduction", ["mean", "sum", "weighted_mean", "batchmean", "none"])
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
@@ -659,6 +661,7 @@ def test_top_labels_without_a_bias_are_no_padding():
         assert head.top_k(jnp.ones((1, WIDTH)), LABELS)[1].max() == LABELS - 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e5m2"])
 @jax.numpy_dtype_promotion("standard")

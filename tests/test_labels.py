@@ -383,6 +383,7 @@ def test_sparse_loss_keeps_infinite_logits_right():
     assert jaxbce.sparse_bce_with_logits(-logits, POSITIVES) == np.inf
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("transform", "dtype"),
     [

@@ -527,6 +527,7 @@ def test_update_refuses_what_it_would_pass_by(optimizer, kernel, message):
 # --- a table -------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("placed", [False, True], ids=["one device", "mesh"])
 def test_a_head_with_a_table_is_that_of_its_kernel(placed):
     devices = {}

@@ -35,6 +35,7 @@ def devices(place, mesh):
     return place | ({"mesh": mesh} if "label_axis" in place else {})
 
 
+@pytest.mark.thorough
 @every_place
 @pytest.mark.parametrize("reduction", ["weighted_mean", "none"])
 def test_the_loss_and_its_gradients(place, reduction, mesh, rng):

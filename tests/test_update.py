@@ -438,6 +438,7 @@ def test_what_is_narrow_already_stays(dtype):
     np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(values, np.float32))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("param_dtype", ["bfloat16", "float32"])
 def test_narrow_state_does_not_freeze(param_dtype, dtype):

@@ -116,11 +116,13 @@ def _remedy(argument: str, got: tuple[int, ...], shape: tuple[int, ...]) -> str:
         return f"use jax.numpy.broadcast_to({argument}, {shape})"
     if got == shape[::-1]:
         return f"pass {argument}.T"
-    indices = {"[..., 0]": (*shape, 1), "[0]": (1, *shape)}
-    fitting = [index for index in indices if got == indices[index]]
+    if got == (*shape, 1):
+        return f"pass {argument}[..., 0]"
+    if got == (1, *shape):
+        return f"pass {argument}[0]"
     if shape == (*got, 1):
-        fitting.append("[..., None]")
-    return f"pass {argument}{fitting[0]}" if fitting else "all sizes must be equal"
+        return f"pass {argument}[..., None]"
+    return "all sizes must be equal"
 
 
 def labels_like(name: str, labels: Any, score_name: str, shape: tuple[int, ...]) -> jax.Array:

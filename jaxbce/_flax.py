@@ -87,10 +87,8 @@ def taken(
     places = _places(optimizer.opt_state)
     expected = jax.eval_shape(tx.init, {name: variable[...] for name, variable in own.items()})
     likes, structure = jax.tree.flatten(expected)
-    got, shapes = (
-        [jnp.shape(jax.tree.leaves(place)[0]) for place in places],
-        [a.shape for a in likes],
-    )
+    got = [jnp.shape(jax.tree.leaves(place)[0]) for place in places]
+    shapes = [like.shape for like in likes]
     if not trained or not trained <= own.keys() or shapes != got:
         raise ValueError(
             "MultiLabelHead: optimizer must be one of this head alone, "

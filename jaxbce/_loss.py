@@ -165,7 +165,7 @@ class Loss:
         """The loss of arrays of `ndim` axes: logits, labels and the parameters that are `given`."""
         found, kinds = self.arguments(name), inspect.Parameter
         defaults = {own: found[own].default for own in self.parameters if own not in given}
-        if missing := [own for own in defaults if defaults[own] is inspect.Parameter.empty]:
+        if missing := [own for own in defaults if defaults[own] is kinds.empty]:
             raise TypeError(
                 f"{name}: {missing[0]} is a required parameter of this loss, got none; pass "
                 f"{missing[0]}=... in the call"

@@ -19,7 +19,7 @@ def counted(weight: jax.Array | None, where: jax.Array | None) -> jax.Array | No
     return weight != 0 if where is None else (weight != 0) & where
 
 
-def enters(size: jax.Array, weight: jax.Array | None, where: jax.Array | None) -> Any:
+def enters(size: jax.Array, weight: jax.Array | None, where: jax.Array | None) -> jax.Array | None:
     """Where an element enters the loss; None for everywhere.
 
     It does not where it is masked. Nor does it where its weight is 0 and its `size`, a bound for

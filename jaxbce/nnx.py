@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 import jaxbce
-from jaxbce import _checks, _flax, _math
+from jaxbce import _checks, _flax, _math, _placement
 from jaxbce._head import arguments as _arguments
 from jaxbce._reduce import Reduction, ScalarReduction
 
@@ -107,8 +107,7 @@ class MultiLabelHead(nnx.Module):
         self.batch_axis = batch_axis
         self.label_axis = label_axis
 
-        axes = label_axis if isinstance(label_axis, tuple) else (label_axis,)
-        shape = {} if mesh is None else mesh.shape
+        axes, shape = _placement.names_of(label_axis), {} if mesh is None else mesh.shape
         padding = -num_labels % math.prod(shape.get(axis, 1) for axis in axes)
 
         product = _math.multiplied_in(param_dtype)
@@ -117,7 +116,7 @@ class MultiLabelHead(nnx.Module):
         def new_kernel(key: jax.Array) -> jax.Array:
             # JAX draws NaN, or few different numbers, in float8.
             kernel: jax.Array = kernel_init(key, (in_features, num_labels), product)
-            kernel = _padded(kernel.astype(param_dtype), padding)
+            kernel = _arguments.padded(kernel.astype(param_dtype), padding)
             return kernel.T if transpose_kernel else kernel
 
         names = (label_axis, None) if transpose_kernel else (None, label_axis)
@@ -125,7 +124,7 @@ class MultiLabelHead(nnx.Module):
         rate = _rate(prior, num_labels, bias_dtype)
 
         def new_bias() -> jax.Array:
-            return _padded(_bias(rate, num_labels, bias_dtype), padding)
+            return _arguments.padded(_bias(rate, num_labels, bias_dtype), padding)
 
         self.bias: nnx.Param[jax.Array] | None = (
             _flax.created(new_bias, (label_axis,), mesh) if use_bias else None
@@ -347,14 +346,6 @@ class MultiLabelHead(nnx.Module):
                 f"{features.shape}"
             )
         return features
-
-
-def _padded(array: jax.Array, padding: int) -> jax.Array:
-    """With so many entries more on its last axis; without any it is not copied."""
-    if not padding:
-        return array
-    widths = [(0, 0)] * (array.ndim - 1) + [(0, padding)]
-    return jnp.pad(array, widths)
 
 
 def _rate(prior: ArrayLike | None, num_labels: int, dtype: DTypeLike) -> jax.Array | None:

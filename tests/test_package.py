@@ -38,7 +38,7 @@ IMPORTS = {
     },
     "__init__": {"_debug", "_functions", "_head", "_labels", "_loss", "_losses"},
     "_flax": set(),
-    "nnx": {"_checks", "_flax", "_head", "_math", "_reduce"},
+    "nnx": {"_checks", "_flax", "_head", "_math", "_placement", "_reduce"},
 }
 
 SECTIONS = ["Use it", "Returns:", "Example:", ">>>", "Source:"]

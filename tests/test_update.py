@@ -887,6 +887,7 @@ ERRORS = {
         "pos_weight and label_smoothing belong to the loss that is built in",
     ),
     "numbers of no loss": ({"per_label": (jnp.ones(LABELS),)}, ValueError, "per_label belongs to"),
+    "no numbers of no loss": ({"per_label": None}, ValueError, "per_label belongs to"),
     "none": ({"reduction": "none"}, ValueError, "reduction must be one of mean, .*batchmean, got"),
     "rounding of float32": (
         {"rounding_key": jax.random.key(0)},

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxbce import _checks, _math, _placement, _reduce
 from jaxbce._head import chunks
@@ -169,25 +170,28 @@ def prepare(
     return lead, _placement.vary_together(operands), weight, (batch, all_labels)
 
 
+def padded(array: jax.Array, padding: int, fill: int = 0) -> jax.Array:
+    """With so many entries more on its last axis; without any it is not copied."""
+    if not padding:
+        return array
+    widths = [(0, 0)] * (array.ndim - 1) + [(0, padding)]
+    return jnp.pad(array, widths, constant_values=np.asarray(fill, array.dtype))
+
+
 def with_padding(operands: chunks.Operands, num_labels: int, padding: int) -> chunks.Operands:
     """The operands by label, which have `num_labels`, for padding too, which is masked."""
-
-    def padded(array: jax.Array, fill: int) -> jax.Array:
-        filled = jnp.full((*array.shape[:-1], padding), fill, array.dtype)
-        return jnp.concatenate([array, filled], axis=-1)
-
     labels, where, ignored = operands.labels, operands.where, operands.ignored
     if where is None:
         where = jnp.ones((1, num_labels), bool)
     if where.shape[1] == num_labels:
-        where = padded(where, False)
+        where = padded(where, padding)
     else:  # with all labels, a mask of rows would be as large as the logits
         ids = jnp.arange(num_labels, num_labels + padding, dtype=jnp.int32)
         ids = jnp.broadcast_to(ids, (operands.features.shape[0], padding))
         ignored = ids if ignored is None else jnp.concatenate([ignored, ids], axis=1)
     return operands._replace(
-        labels=None if labels is None else padded(labels, 0),
-        per_label=tuple(padded(array, 1) for array in operands.per_label),
+        labels=None if labels is None else padded(labels, padding),
+        per_label=tuple(padded(array, padding, 1) for array in operands.per_label),
         where=where,
         ignored=ignored,
     )

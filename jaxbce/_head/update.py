@@ -152,7 +152,7 @@ def linear_update(
             f"{name}: pos_weight and label_smoothing belong to the loss that is built in, got a "
             "loss of your own; it takes its options itself, and arrays as per_label"
         )
-    if loss is None and per_label != ():
+    if loss is None and (per_label is None or len(per_label)):
         raise ValueError(
             f"{name}: per_label belongs to a loss of your own, got loss=None; pass a loss, or "
             "pos_weight"

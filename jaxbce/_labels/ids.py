@@ -93,7 +93,7 @@ def checked_ids(
     keep = None if keep is None else keep[..., None]
     if _checks.values_are_checked() and ids.shape[-1] == num_labels and num_labels > 2:
         rule = "label ids, not a multi-hot array of zeros and ones"
-        _checks.check_values(name, argument, ids, jnp.any(ids > 1) | jnp.any(ids < 0), rule)
+        _checks.check_values(name, argument, ids, jnp.any((ids < 0) | (ids > 1)), rule)
     _checks.check_values(name, argument, ids, ok, f"in [0, {num_labels}), or -1 for padding", keep)
     return jnp.where(inside, ids, num_labels).astype(jnp.int32)
 

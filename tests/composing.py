@@ -159,18 +159,16 @@ def linear(name, names, reduction="mean", chunk_size=4):
     return Case(f"head-{name}-{reduction}", ours, dense, draw_of(*names), LAYER)
 
 
+def margin_loss(x, y, m):
+    return with_margin(x, y, jnp.broadcast_to(m, x.shape))
+
+
 def own_loss(arguments, *, reduction="none", chunk_size=4, **devices):
     given = dict(arguments)
     layer = [given.pop(name) for name in ("features", "kernel", "bias")]
-    margins = (given.pop("margin"),)
     options = {"reduction": reduction, "chunk_size": chunk_size, **devices}
-    return jaxbce.linear_loss(
-        lambda x, y, m: with_margin(x, y, jnp.broadcast_to(m, x.shape)),
-        *layer,
-        per_label=margins,
-        **given,
-        **options,
-    )
+    per_label = (given.pop("margin"),)
+    return jaxbce.linear_loss(margin_loss, *layer, per_label=per_label, **given, **options)
 
 
 def draw_of(*names):

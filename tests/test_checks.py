@@ -15,6 +15,8 @@ from losses import FIRST, FUNCTIONS, LOSSES, dense_losses
 import jaxbce
 import jaxbce.nnx
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 X = np.zeros((4, 3), np.float32)
 IDS = np.array([[2], [0], [1], [2]])
 
@@ -284,7 +286,7 @@ WITH_NUMBERS = {
     "sigmoid": lambda n: jaxbce.sigmoid(2),
     "log_sigmoid": lambda n: jaxbce.log_sigmoid(True),
     "linear_bce_with_logits": lambda n: jax.value_and_grad(jaxbce.linear_bce_with_logits)(
-        FEATURES, KERNEL, positives=IDS, where=True, label_smoothing=n(0.1), chunk_size=2
+        FEATURES, KERNEL, positives=IDS, where=True, label_smoothing=n(0.1)
     ),
     "linear_loss": lambda n: jaxbce.linear_loss(
         jnp.multiply, FEATURES, KERNEL, labels=X, where=True, reduction="none", chunk_size=2

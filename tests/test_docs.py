@@ -10,6 +10,8 @@ from test_package import IMPORTS, public_objects
 
 import jaxbce
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -14,6 +14,8 @@ from heads import assert_close, value_and_gradients
 import jaxbce
 from jaxbce._loss import Options, evaluate
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 TAU = 0.5
 
 

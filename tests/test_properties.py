@@ -14,7 +14,7 @@ from losses import LOSSES, every_kernel
 
 import jaxbce
 
-pytestmark = pytest.mark.thorough
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("compile_fast")]
 
 # Few, so that most examples find their program compiled; other shapes are for `test_fuzz.py`.
 SHAPES = st.sampled_from([(7,), (3, 5)])

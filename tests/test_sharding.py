@@ -89,6 +89,7 @@ def test_explicit_axes(layout, placed, rng):
 
 
 NO_IDS = np.zeros((ROWS, 0), np.int32)
+FOCAL = functools.partial(jaxbce.focal_loss, reduction="none")
 
 
 def of_ids(name, mesh, **given):
@@ -104,10 +105,9 @@ def of_ids(name, mesh, **given):
         optimizer, params = optax.sgd(0.1), {"kernel": kernel}
         state = optimizer.init(params)
         return jaxbce.linear_update(optimizer, features, params, state, **given, **on_mesh).loss
-    loss = functools.partial(jaxbce.focal_loss, reduction="none")
     head = {
         "linear_bce_with_logits": jaxbce.linear_bce_with_logits,
-        "linear_loss": functools.partial(jaxbce.linear_loss, loss),
+        "linear_loss": functools.partial(jaxbce.linear_loss, FOCAL),
     }[name]
     return head(features, kernel, **given, **on_mesh)
 

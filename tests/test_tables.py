@@ -111,20 +111,13 @@ def test_a_step(optimizer, place, mesh, rng):
     features, params, given = split(draw_head(rng, 8, 24, NAMES))
     optimizer, place = OPTIMIZERS[optimizer], PLACES[place]
 
-    @functools.partial(jax.jit, static_argnums=0)
     def steps(is_table):
+        options = given | devices(place, mesh) | {"transpose_kernel": is_table}
         own = params | {"kernel": params["kernel"].T} if is_table else params
+        update = jax.jit(functools.partial(jaxbce.linear_update, optimizer, features, **options))
         state = optimizer.init(own)
         for _ in range(3):
-            step = jaxbce.linear_update(
-                optimizer,
-                features,
-                own,
-                state,
-                **given,
-                **devices(place, mesh),
-                transpose_kernel=is_table,
-            )
+            step = update(own, state)
             own, state = step.params, step.opt_state
         shape = own["kernel"].shape
         return jax.tree.map(lambda a: a.T if is_table and a.shape == shape else a, step)

@@ -35,7 +35,7 @@ class ChunkLoss:
             losses = self.loss.mapped(2, given)(logits, labels, *per_label)
         else:
             rows, size = logits.shape
-            self.check_sizes(rows, size, logits.dtype)
+            _check_sizes(self, rows, size, logits.dtype)
             losses = jax.vmap(self.row)(logits, labels, *per_label)
         return losses.astype(logits.dtype)
 
@@ -45,18 +45,6 @@ class ChunkLoss:
         So that can be masked before it is summed.
         """
         return self.loss(logits[None], labels[None], *per_label)[0]
-
-    def check_sizes(self, rows: int, labels: int, dtype: Any) -> None:
-        """Refuses a function that does something else for these sizes than for those of the proof.
-
-        It runs row by row, so it must also do the same for one row as for all.
-        """
-        read = functools.partial(_read, self.name, self.loss)
-        one_row, all_ = (read(each, labels, len(self.per_label), dtype) for each in (1, rows))
-        if not _program.is_same(self.program, all_, exact=rows != 1 and labels != 1):
-            raise _mixes(self.name, "labels or rows", "what depends on their number")
-        if not _program.is_same(one_row, all_, exact=False):
-            raise _mixes(self.name, "rows", "what depends on their number")
 
 
 def built_in_loss(pos_weight: Any) -> tuple[ChunkLoss, tuple[Any, ...]]:
@@ -113,6 +101,20 @@ def _read(
             f"a function of a chunk of any size, as {labels} labels, with its arrays by per_label"
         )
         return _program.of_loss(name, loss, arrays, remedy, chunk)
+
+
+@functools.lru_cache(maxsize=256)  # a pass is traced several times
+def _check_sizes(loss: ChunkLoss, rows: int, labels: int, dtype: Any) -> None:
+    """Refuses a function that does something else for these sizes than for those of the proof.
+
+    It runs row by row, so it must also do the same for one row as for all.
+    """
+    read = functools.partial(_read, loss.name, loss.loss)
+    one_row, all_ = (read(each, labels, len(loss.per_label), dtype) for each in (1, rows))
+    if not _program.is_same(loss.program, all_, exact=rows != 1 and labels != 1):
+        raise _mixes(loss.name, "labels or rows", "what depends on their number")
+    if not _program.is_same(one_row, all_, exact=False):
+        raise _mixes(loss.name, "rows", "what depends on their number")
 
 
 @functools.lru_cache(maxsize=256)

@@ -34,8 +34,9 @@ class Loss:
     """An elementwise loss of your own, with all that the losses of jaxbce have.
 
     Use it to try a new loss: write it for one logit and one label. Call the object on arrays, or
-    give it to `linear_loss` and `linear_update` as it is. Make it once, outside of the training
-    step: a new function is compiled anew.
+    give it to `linear_loss` and `linear_update` as it is. A loss of jaxbce or of another library
+    goes there in the same way: `Loss(jaxbce.focal_loss)`, with its options by `functools.partial`.
+    Make it once, outside of the training step: a new function is compiled anew.
 
     Formula: loss(logits, labels) = fn(x, y, *parameters) for each logit x and its label y.
 

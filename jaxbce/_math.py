@@ -1,9 +1,9 @@
 """Elementwise mathematics: scalar functions and the rules of their derivatives, nothing else.
 
 Every function takes scalars, and `over` maps it over arrays. A function is a pair: its value
-`<op>_value` and its derivatives `<op>_partials`. `with_jvp` makes of the pair a function that JAX
-differentiates to any order, in forward and reverse mode. `rematerialised` makes a loss of such
-functions: it has reverse mode only, and stores nothing but its inputs for the backward pass.
+`<op>_value` and its derivatives, one for each argument. `with_jvp` makes of the pair a function
+that JAX differentiates to any order, in forward and reverse mode. `rematerialised` makes a loss of
+such functions: it has reverse mode only, and stores nothing but its inputs for the backward pass.
 
 At 0 the derivatives of `abs` and `max` are conventions. So no derivative of a function of logits
 comes from them: it is a rule that is right at logit 0, in both tails and at every order.
@@ -105,26 +105,15 @@ def multiply_no_nan_value(coefficient: jax.Array, value: jax.Array) -> jax.Array
     return jnp.where(coefficient == 0, 0, coefficient * value)
 
 
-def multiply_no_nan_partials(
-    coefficient: jax.Array, value: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    return value, coefficient
-
-
 # multiply_no_nan(coefficient, value) = coefficient · value, and 0 where the coefficient is 0
-multiply_no_nan = with_jvp(multiply_no_nan_value, multiply_no_nan_partials)
-
+multiply_no_nan = with_jvp(multiply_no_nan_value, lambda coefficient, value: (value, coefficient))
 
 # multiply_saturated(a, b) = multiply_no_nan(a, b), but where b is infinite the slope by a is 0 and
 # not infinite. In a loss b is infinite only at an infinite logit. There a, a power of a sigmoid, is
 # constant.
-
-
-def multiply_saturated_partials(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.where(jnp.isinf(b), 0, b), a
-
-
-multiply_saturated = with_jvp(multiply_no_nan_value, multiply_saturated_partials)
+multiply_saturated = with_jvp(
+    multiply_no_nan_value, lambda a, b: (jnp.where(jnp.isinf(b), 0, b), a)
+)
 
 
 def exp(x: jax.Array) -> jax.Array:
@@ -149,6 +138,14 @@ def quotient(n: jax.Array, d: jax.Array) -> jax.Array:
     n, d = jnp.broadcast_arrays(n, d)
     result: jax.Array = lax.platform_dependent(n, d, cpu=lax.div, default=corrected_quotient)
     return result
+
+
+def reciprocal_value(d: jax.Array) -> jax.Array:
+    return quotient(jnp.ones_like(d), d)
+
+
+# 1 / d, with the derivative -1 / d²
+reciprocal = with_jvp(reciprocal_value, lambda d: (-lax.square(reciprocal(d)),))
 
 
 # softplus_mix(x, a, b) = a softplus(x) + b softplus(-x)
@@ -198,11 +195,9 @@ def softplus_mix_value(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return linear_and_curved(x, jnp.where(x > 0, a, b), a + b)
 
 
-def softplus_mix_partials(x: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, ...]:
-    return sigmoid_mix(x, a, b), softplus(x), softplus(-x)
-
-
-softplus_mix = with_jvp(softplus_mix_value, softplus_mix_partials)
+softplus_mix = with_jvp(
+    softplus_mix_value, lambda x, a, b: (sigmoid_mix(x, a, b), softplus(x), softplus(-x))
+)
 
 
 def softplus_value(x: jax.Array) -> jax.Array:
@@ -210,11 +205,7 @@ def softplus_value(x: jax.Array) -> jax.Array:
     return jnp.where(x > 0, x + curved, curved)
 
 
-def softplus_partials(x: jax.Array) -> tuple[jax.Array]:
-    return (sigmoid(x),)
-
-
-softplus = with_jvp(softplus_value, softplus_partials)
+softplus = with_jvp(softplus_value, lambda x: (sigmoid(x),))
 
 
 def sigmoid_mix_value(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -222,11 +213,9 @@ def sigmoid_mix_value(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where(x >= 0, a - tail, tail - b)
 
 
-def sigmoid_mix_partials(x: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, ...]:
-    return (a + b) * sigmoid_slope(x), sigmoid(x), -sigmoid(-x)
-
-
-sigmoid_mix = with_jvp(sigmoid_mix_value, sigmoid_mix_partials)
+sigmoid_mix = with_jvp(
+    sigmoid_mix_value, lambda x, a, b: ((a + b) * sigmoid_slope(x), sigmoid(x), -sigmoid(-x))
+)
 
 
 # sigmoid_minus(x, y) = sigmoid(x) - y = sigmoid_mix(x, 1 - y, y), with less arithmetic
@@ -237,11 +226,7 @@ def sigmoid_minus_value(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.where(x >= 0, (1 - y) - tail, tail - y)
 
 
-def sigmoid_minus_partials(x: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
-    return sigmoid_slope(x), -jnp.ones_like(x)
-
-
-sigmoid_minus = with_jvp(sigmoid_minus_value, sigmoid_minus_partials)
+sigmoid_minus = with_jvp(sigmoid_minus_value, lambda x, y: (sigmoid_slope(x), -jnp.ones_like(x)))
 
 
 def sigmoid(x: jax.Array) -> jax.Array:
@@ -257,11 +242,7 @@ def sigmoid_slope_value(x: jax.Array) -> jax.Array:
     return tail - tail * tail
 
 
-def sigmoid_slope_partials(x: jax.Array) -> tuple[jax.Array]:
-    return (-sigmoid_slope(x) * tanh_half(x),)
-
-
-sigmoid_slope = with_jvp(sigmoid_slope_value, sigmoid_slope_partials)
+sigmoid_slope = with_jvp(sigmoid_slope_value, lambda x: (-sigmoid_slope(x) * tanh_half(x),))
 
 
 # tanh_half(x) = sigmoid(x) - sigmoid(-x) = tanh(x / 2), also right near 0
@@ -292,11 +273,7 @@ def tanh_half_value(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(x) < 1, near, jnp.where(x < 0, -far, far))
 
 
-def tanh_half_partials(x: jax.Array) -> tuple[jax.Array]:
-    return (2 * sigmoid_slope(x),)
-
-
-tanh_half = with_jvp(tanh_half_value, tanh_half_partials)
+tanh_half = with_jvp(tanh_half_value, lambda x: (2 * sigmoid_slope(x),))
 
 
 # hidden_identity(x) = x, written so that XLA does not recognise it. Loss and gradient then share no
@@ -308,8 +285,4 @@ def hidden_identity_value(x: jax.Array) -> jax.Array:
     return jnp.where(x < 0, -magnitude, magnitude)
 
 
-def hidden_identity_partials(x: jax.Array) -> tuple[jax.Array]:
-    return (jnp.ones_like(x),)
-
-
-hidden_identity = with_jvp(hidden_identity_value, hidden_identity_partials)
+hidden_identity = with_jvp(hidden_identity_value, lambda x: (jnp.ones_like(x),))

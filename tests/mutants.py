@@ -1,8 +1,7 @@
 """Breaks the package in one place at a time and shows that the tests notice.
 
-    python tests/mutants.py                       # every mutant of every module
-    python tests/mutants.py _reduce --sample 20   # a random 20 of one module
-    python tests/mutants.py _math --list          # what would be changed, without running it
+    python tests/mutants.py                       # every mutant of every module, on every core
+    python tests/mutants.py _reduce --sample 20   # a random 20 of one module; --list only says them
 
 A mutant is a copy of the package with one operator, comparison, constant or order of arguments
 changed in the syntax tree. Each runs the tests of its module, also the thorough ones, in a fresh
@@ -128,7 +127,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("modules", nargs="*", default=list(FILES), help="such as _head.chunks")
     parser.add_argument("--sample", type=int, help="a random part of so many mutants")
-    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--list", action="store_true", help="what would be changed")
     args = parser.parse_args()
     if unknown := set(args.modules) - set(FILES):
@@ -147,7 +145,7 @@ def main() -> None:
     with (
         # Of a mutant only what it changes is compiled: the rest is in the cache.
         TemporaryDirectory() as os.environ["JAX_COMPILATION_CACHE_DIR"],
-        multiprocessing.get_context("fork").Pool(args.processes, maxtasksperchild=1) as pool,
+        multiprocessing.get_context("fork").Pool(maxtasksperchild=1) as pool,
     ):
         if dead := [title for title, alive in pool.starmap(survives, originals, 1) if not alive]:
             parser.error(f"without a mutant, the tests of {', '.join(dead)} cannot be collected")

@@ -113,6 +113,45 @@ def test_in_the_head(place, rng):
     assert_close(value_and_gradients(ours, arguments), value_and_gradients(dense, arguments), 2e-6)
 
 
+PUBLIC = {
+    "bce": (jaxbce.bce_with_logits, ("pos_weight",)),
+    "focal": (functools.partial(jaxbce.focal_loss, gamma=1.5), ("alpha",)),
+    "asymmetric": (jaxbce.asymmetric_loss, ()),
+    "optax focal": (optax.sigmoid_focal_loss, ("gamma",)),
+}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("fn", "parameters"), PUBLIC.values(), ids=PUBLIC)
+def test_a_public_loss_in_the_head(fn, parameters, rng):
+    """It takes one logit as well as arrays, so it is a function for a `Loss`."""
+    loss = jaxbce.Loss(fn, parameters)
+    arguments = draw_head(rng, names=("bias", "weight", "positives", "where"))
+    arguments |= {name: jnp.linspace(0.2, 0.8, LABELS) for name in parameters}
+
+    def split_off(arguments):
+        given = dict(arguments)
+        return given, [given.pop(name) for name in parameters]
+
+    def ours(arguments):
+        given, per_label = split_off(arguments)
+        layer = [given.pop(name) for name in ("features", "kernel", "bias")]
+        return jaxbce.linear_loss(loss, *layer, per_label=per_label, **given, chunk_size=3)
+
+    def dense(arguments):
+        given, per_label = split_off(arguments)
+
+        def formula(x, y, _):
+            def one(x, y, *numbers):
+                return fn(x, y, **dict(zip(parameters, numbers, strict=True)))
+
+            return jnp.vectorize(one)(x, y, *(jnp.broadcast_to(n, x.shape) for n in per_label))
+
+        return dense_head(given, formula=formula)
+
+    assert_close(value_and_gradients(ours, arguments), value_and_gradients(dense, arguments), 2e-6)
+
+
 def test_in_a_step(rng):
     arguments = draw_head(rng, names=("bias", "margin", "positives"))
     params = {name: arguments[name] for name in ("kernel", "bias")}

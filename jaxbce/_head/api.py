@@ -153,12 +153,12 @@ def linear_loss(
       loss of a row = weight · Σₗ loss(x, y, per_label[0][l], per_label[1][l], ...)
 
     Args:
-      loss: a `jaxbce.Loss`, or a function of arrays: of logits and labels of one shape, in the
-        dtype of the result, and of the numbers per label. It returns one loss per logit and
-        computes each from its own logit and label; for example
-        `functools.partial(jaxbce.focal_loss, gamma=1.0, reduction="none")`. JAX differentiates it.
-        It is compiled once for each function, so define it once, outside of the training step, and
-        let it hold no traced value.
+      loss: a `jaxbce.Loss`, such as `jaxbce.Loss(jaxbce.focal_loss)`, or a function of arrays: of
+        logits and labels of one shape, in the dtype of the result, and of the numbers per label. It
+        returns one loss per logit and computes each from its own logit and label, which is proven
+        when it is traced and takes longer than for a `Loss`. JAX differentiates it. It is compiled
+        once for each function, so define it once, outside of the training step, and let it hold no
+        traced value.
       features: float array [..., D].
       kernel: float array [D, L], or [L, D] with transpose_kernel.
       bias: float array [L]; None is 0.
@@ -196,10 +196,10 @@ def linear_loss(
     `linear_bce_with_logits`, as often as the loss is.
 
     Example:
-      >>> import functools, jax.numpy as jnp, jaxbce
+      >>> import jax.numpy as jnp, jaxbce
       >>> features, kernel = jnp.ones((2, 3)), jnp.full((3, 5), 0.1)
       >>> positives = jnp.array([[4, -1], [0, 2]])
-      >>> focal = functools.partial(jaxbce.focal_loss, reduction="none")
+      >>> focal = jaxbce.Loss(jaxbce.focal_loss)
       >>> print(round(float(jaxbce.linear_loss(focal, features, kernel, positives=positives)), 4))
       0.2275
 

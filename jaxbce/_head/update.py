@@ -84,8 +84,8 @@ def linear_update(
         the features.
       opt_state: optimizer.init(params), or what the last step returned. Each array keeps its dtype:
         init of parameters in float32 is a state in float32. It cannot be in float8.
-      loss: a function of logits, labels and numbers per label, as in `linear_loss`; None is that of
-        `linear_bce_with_logits`.
+      loss: a `jaxbce.Loss`, or a function of logits, labels and numbers per label, as in
+        `linear_loss`; None is that of `linear_bce_with_logits`.
       positives: integer array [..., P] of label ids, padded with -1. Exactly one of positives and
         labels is given.
       labels: float, integer or bool array [..., L].

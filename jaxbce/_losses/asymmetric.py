@@ -82,20 +82,6 @@ def clipped_power(k: float, clip: float) -> _math.ScalarFn:
 
 
 @functools.cache
-def inverse_of_rest(clip: float) -> _math.ScalarFn:
-    """1 / (q + clip)"""
-
-    def value(x: jax.Array) -> jax.Array:
-        return _math.quotient(jnp.ones_like(x), _math.sigmoid(-x) + clip)
-
-    def partials(x: jax.Array) -> tuple[jax.Array]:
-        inverse = inverse_of_rest(clip)(x)
-        return (_math.sigmoid_slope(x) * inverse * inverse,)
-
-    return _math.with_jvp(value, partials)
-
-
-@functools.cache
 def clipped_softplus(clip: float) -> _math.ScalarFn:
     """n"""
 
@@ -106,7 +92,7 @@ def clipped_softplus(clip: float) -> _math.ScalarFn:
         return jnp.where(m < 0.5, near, -_math.log(rest))
 
     def partials(x: jax.Array) -> tuple[jax.Array]:
-        return (_math.sigmoid_slope(x) * inverse_of_rest(clip)(x),)
+        return (_math.sigmoid_slope(x) * _math.reciprocal(_math.sigmoid(-x) + clip),)
 
     return _math.with_jvp(value, partials)
 

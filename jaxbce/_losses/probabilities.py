@@ -40,18 +40,6 @@ def inverse_spread_partials(p: jax.Array) -> tuple[jax.Array]:
 inverse_spread = _math.with_jvp(inverse_spread_value, inverse_spread_partials)
 
 
-def reciprocal_value(p: jax.Array) -> jax.Array:
-    return _math.quotient(jnp.ones_like(p), p)
-
-
-def reciprocal_partials(p: jax.Array) -> tuple[jax.Array]:
-    inverse = reciprocal(p)
-    return (-inverse * inverse,)
-
-
-reciprocal = _math.with_jvp(reciprocal_value, reciprocal_partials)
-
-
 def bce_slope_value(p: jax.Array, y: jax.Array) -> jax.Array:
     return (p - y) * inverse_spread(p)
 
@@ -59,7 +47,7 @@ def bce_slope_value(p: jax.Array, y: jax.Array) -> jax.Array:
 def bce_slope_partials(p: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     # The product rule would subtract two large numbers where p is near a hard label.
     inside = p * (1 - p) > 1e-12
-    of_zero, of_one = (reciprocal(jnp.where(inside, each, 1)) for each in (1 - p, p))
+    of_zero, of_one = (_math.reciprocal(jnp.where(inside, each, 1)) for each in (1 - p, p))
     curvature = (1 - y) * of_zero * of_zero + y * of_one * of_one
     return jnp.where(inside, curvature, 1e12), -inverse_spread(p)
 
@@ -71,11 +59,7 @@ def log_odds_value(p: jax.Array) -> jax.Array:
     return clamped_log(p) - clamped_log1m(p)
 
 
-def log_odds_partials(p: jax.Array) -> tuple[jax.Array]:
-    return (inverse_spread(p),)
-
-
-log_odds = _math.with_jvp(log_odds_value, log_odds_partials)
+log_odds = _math.with_jvp(log_odds_value, lambda p: (inverse_spread(p),))
 
 
 def value(p: jax.Array, y: jax.Array) -> jax.Array:

@@ -145,7 +145,7 @@ def reciprocal_value(d: jax.Array) -> jax.Array:
 
 
 # 1 / d, with the derivative -1 / d²
-reciprocal = with_jvp(reciprocal_value, lambda d: (-lax.square(reciprocal(d)),))
+reciprocal: ScalarFn = with_jvp(reciprocal_value, lambda d: (-lax.square(reciprocal(d)),))
 
 
 # softplus_mix(x, a, b) = a softplus(x) + b softplus(-x)
@@ -205,7 +205,7 @@ def softplus_value(x: jax.Array) -> jax.Array:
     return jnp.where(x > 0, x + curved, curved)
 
 
-softplus = with_jvp(softplus_value, lambda x: (sigmoid(x),))
+softplus: ScalarFn = with_jvp(softplus_value, lambda x: (sigmoid(x),))
 
 
 def sigmoid_mix_value(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -213,7 +213,7 @@ def sigmoid_mix_value(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where(x >= 0, a - tail, tail - b)
 
 
-sigmoid_mix = with_jvp(
+sigmoid_mix: ScalarFn = with_jvp(
     sigmoid_mix_value, lambda x, a, b: ((a + b) * sigmoid_slope(x), sigmoid(x), -sigmoid(-x))
 )
 
@@ -242,7 +242,9 @@ def sigmoid_slope_value(x: jax.Array) -> jax.Array:
     return tail - tail * tail
 
 
-sigmoid_slope = with_jvp(sigmoid_slope_value, lambda x: (-sigmoid_slope(x) * tanh_half(x),))
+sigmoid_slope: ScalarFn = with_jvp(
+    sigmoid_slope_value, lambda x: (-sigmoid_slope(x) * tanh_half(x),)
+)
 
 
 # tanh_half(x) = sigmoid(x) - sigmoid(-x) = tanh(x / 2), also right near 0
@@ -273,7 +275,7 @@ def tanh_half_value(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(x) < 1, near, jnp.where(x < 0, -far, far))
 
 
-tanh_half = with_jvp(tanh_half_value, lambda x: (2 * sigmoid_slope(x),))
+tanh_half: ScalarFn = with_jvp(tanh_half_value, lambda x: (2 * sigmoid_slope(x),))
 
 
 # hidden_identity(x) = x, written so that XLA does not recognise it. Loss and gradient then share no

@@ -289,11 +289,10 @@ def static_number(
             f"{type(value).__name__}; pass float({argument}) outside jax.jit, or make it static: "
             f"jax.jit(..., static_argnames={argument!r})"
         )
-    number = float(value)
     # What is beyond float32 would become infinite.
-    if not low <= number < min(high, float(jnp.finfo(jnp.float32).max)):
+    if not low <= value < min(high, float(jnp.finfo(jnp.float32).max)):
         raise ValueError(f"{name}: {argument} must be {valid}, got {value}")
-    return number
+    return float(value)
 
 
 def _is_int(value: Any) -> bool:

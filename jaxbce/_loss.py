@@ -143,7 +143,9 @@ class Loss:
             places = [
                 a for a in others if a.kind in in_place and a.name in (*free, *self.parameters)
             ]
-            places += variadic * len(self.parameters)
+            # Of what follows a default by place, the default would take the first.
+            if all(a in places for a in others if a.kind in in_place):
+                places += variadic * len(self.parameters)
             found = dict(zip(self.parameters, places, strict=False))
         names = [a.name for a in signature]
         left = [a.name for a in others if a not in found.values() and a.default is kinds.empty]
@@ -176,9 +178,11 @@ class Loss:
 
         def scalar(x: jax.Array, y: jax.Array, *arrays: jax.Array) -> jax.Array:
             values = defaults | dict(zip(given, arrays, strict=True))
-            if by_name:
-                return self.fn(x, y, **values)
-            return self.fn(x, y, *(values[name] for name in self.parameters))
+            # fn may call a loss that checks its values, but it knows no mask and no weight.
+            with _checks.value_checks(False):
+                if by_name:
+                    return self.fn(x, y, **values)
+                return self.fn(x, y, *(values[name] for name in self.parameters))
 
         return _math.over(scalar, ndim)
 
@@ -255,9 +259,18 @@ def evaluate(
 
 
 def result_spec(
-    *arrays: Any, name: str, score_name: str, reduction: Reduction, axes: Any, **_: Any
+    scores: Any,
+    labels: Any,
+    *others: Any,
+    name: str,
+    score_name: str,
+    reduction: Reduction,
+    axes: Any,
+    sparse: bool,
+    **_: Any,
 ) -> PartitionSpec:
-    spec = _placement.common_spec(*arrays)
+    # The last axis of ids is not one of labels.
+    spec = _placement.common_spec(scores, None if sparse else labels, *others)
     if reduction == "none":
         return spec
     reduced = _checks.axes_of(name, axes, score_name, len(spec))
@@ -333,7 +346,8 @@ def evaluate_arrays(
     y = smoothed(y)
     if program and keep is not None:
         # A user's loss may be infinite at the replacements too. The outer select drops its value.
-        # The inner one keeps its NaN from the gradient of label_smoothing.
+        # Its slope by y may then be NaN, and y depends on label_smoothing. So y is replaced once
+        # more, after the smoothing: no slope of a masked element reaches label_smoothing.
         values = jnp.where(keep, mapped(x, jnp.where(keep, y, 0), *extras).astype(dtype), 0)
     else:
         values = mapped(x, y, *extras).astype(dtype)

@@ -10,11 +10,10 @@ comes from them: it is a rule that is right at logit 0, in both tails and at eve
 
 A coefficient of 0 annihilates: 0 · ∞ = 0.
 
-In float32 two elementary operations are not exact to half a unit, `exp` and `quotient`. Each is
-defined once, and the functions of logits are made of additions, multiplications, comparisons and
-these two. An error bound of the two is therefore an error bound of the losses, on every backend.
-Elsewhere `log` serves: for probabilities, for powers with a fraction in the exponent, and in
-float64.
+In float32 additions and multiplications are exact to half a unit. Two operations are not: `exp` and
+`quotient`. Each is defined once, so a bound for the error of the two is a bound for the losses that
+are made of them, on every backend. `log` and `log1p` serve elsewhere: for probabilities, for powers
+with a fraction in the exponent, far above the kink of the asymmetric loss, and in float64.
 """
 
 import functools

@@ -40,8 +40,8 @@ def names_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 def common_spec(*arrays: jax.Array | None) -> PartitionSpec:
     """How a result of the shape of `arrays[0]` is sharded; the others broadcast to that shape.
 
-    Each axis is sharded as in the leftmost array that shards it, unless that axis of the mesh is
-    already used.
+    For each dimension the first array decides that shards it. An axis of the mesh shards one
+    dimension only, so an entry with an axis that is taken is skipped.
     """
     first = arrays[0]
     if first is None:  # which its check refuses

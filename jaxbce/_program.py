@@ -39,13 +39,13 @@ ELEMENTWISE = """
     regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic
     shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta
 """
-# Those that drop some axes, and treat each place on the others apart.
+# Reductions: their axes are gone in the result. Labels stay apart if theirs is not one of them.
 DROPPING = """
     argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum squeeze unstack
 """
-# Those that work along some axes, and treat each place on the others apart.
+# Operations along some axes, which stay in the result. The same holds for labels.
 ALONG = "cumlogsumexp cummax cummin cumprod cumsum rev slice sort split"
-# Those that JAX adds or leaves out for an axis of one element.
+# What JAX adds or leaves out where an axis has one element. `is_same` ignores these.
 SHAPING = "broadcast_in_dim reduce_sum reshape squeeze"
 # Those that change something outside of the program.
 EFFECTS = ("addupdate", "io_callback", "swap")
@@ -62,6 +62,11 @@ class Equation(NamedTuple):
     operands: tuple[tuple[int, ...], ...]  # their shapes
     results: tuple[tuple[int, ...], ...]
     callback: Any  # finds its numbers when it runs: another function is another program
+
+    @property
+    def operation(self) -> tuple[Any, ...]:
+        """What it computes, without shapes and axes, which differ with the number of labels."""
+        return self.primitive, self.wiring, self.constants, self.options
 
 
 def trace(fn: Callable[..., Any], *arguments: Any) -> Any:
@@ -133,8 +138,8 @@ def read(traced: Any, who: str, if_traced: str) -> tuple[Equation, ...]:
     for equation in program:
         if equation.primitive in EFFECTS:
             raise ValueError(
-                f"{who} must change nothing outside of it, because it runs once for each chunk of "
-                f"labels, got one with the operation {equation.primitive}; return what changes, "
+                f"{who} must change nothing outside of it, because how often it runs is not "
+                f"defined, got one with the operation {equation.primitive}; return what changes, "
                 "or change it outside"
             )
     return program
@@ -147,7 +152,9 @@ def is_same(one: Sequence[Equation], two: Sequence[Equation], exact: bool) -> bo
     an axis has one element.
     """
     if exact:
-        return [each[:5] for each in one] == [each[:5] for each in two]
+        return [(*each.operation, each.axes) for each in one] == [
+            (*each.operation, each.axes) for each in two
+        ]
     parts = [
         [
             (each.primitive, each.constants, each.primitive in ELEMENTWISE.split() and each.options)
@@ -162,17 +169,16 @@ def is_same(one: Sequence[Equation], two: Sequence[Equation], exact: bool) -> bo
 def what_mixes(one: Sequence[Equation], two: Sequence[Equation]) -> str | None:
     """Compares one program that was read for two numbers of labels.
 
-    None means that each label is computed from itself alone. Otherwise it is the first operation
-    that is not known to do so, or "" where the programs do different things.
+    Returns None if each label is computed from itself alone. Else it returns the name of the first
+    operation that is not known to do so, or "" where the two programs are different.
     """
     for a, b in itertools.zip_longest(one, two):
         if a is None or b is None or a.primitive != b.primitive:
             return ""
-        if a[:4] != b[:4]:
+        if a.operation != b.operation:
             # The option of another operation may just be the number of labels.
-            return (
-                "" if a.primitive in (*ELEMENTWISE.split(), *SHAPING.split()) else str(a.primitive)
-            )
+            plain = a.primitive in (*ELEMENTWISE.split(), *SHAPING.split())
+            return "" if plain else str(a.primitive)
         if not _treats_apart(a, b):
             return str(a.primitive)
     return None

@@ -339,7 +339,7 @@ class MultiLabelHead(nnx.Module):
             return jnp.promote_types(*map(_math.multiplied_in, dtypes))
 
     def _checked(self, features: ArrayLike) -> jax.Array:
-        features = jnp.asarray(features)
+        features = _checks.floating("MultiLabelHead", "features", features)
         if features.shape[-1:] != (self.in_features,):
             raise ValueError(
                 f"MultiLabelHead: features must have shape (..., {self.in_features}), got "

@@ -180,6 +180,26 @@ def test_a_row_of_weight_zero_hides_what_is_not_finite(rng):
     assert got[1]["weight"][1] == 0
 
 
+def test_a_row_of_weight_zero_hides_a_product_that_overflows():
+    """Of a finite logit and a finite pos_weight, which is the slope by the label."""
+    arguments = {
+        "features": jnp.array([[1.0], [0.0]]),
+        "kernel": jnp.full((1, 2), -1e20),
+        "labels": jnp.ones((2, 2)),
+        "pos_weight": jnp.full(2, 1e20),
+        "weight": jnp.array([0.0, 1.0]),
+        "label_smoothing": jnp.float32(0.1),
+    }
+    clean = arguments | {"features": jnp.zeros((2, 1))}
+    (value, expected), (got_value, got) = (
+        value_and_gradients(head, given) for given in (clean, arguments)
+    )
+    assert got_value == value
+    assert got.pop("weight")[0] == 0
+    for name, gradient in got.items():
+        np.testing.assert_array_equal(gradient, expected[name], name)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_row_of_weight_zero_hides_an_infinite_loss(reduction, rng):
     """Of finite features: logits that overflow, of label 1 to ∞ - ∞."""

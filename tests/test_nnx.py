@@ -252,6 +252,23 @@ def test_errors(call, message):
         call()
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda head, x: head(x),
+        lambda head, x: head.top_k(x, 1),
+        lambda head, x: head.loss(x, positives=POSITIVES),
+        lambda head, x: head.update(
+            nnx.Optimizer(head, optax.sgd(0.1), wrt=nnx.Param), x, positives=POSITIVES
+        ),
+    ],
+    ids=["call", "top_k", "loss", "update"],
+)
+def test_features_that_are_no_floats(call):
+    with pytest.raises(TypeError, match="features must be floating-point, got int"):
+        call(make(), np.ones((BATCH, WIDTH), int))
+
+
 def test_update_takes_an_optimizer_of_flax():
     with pytest.raises(TypeError, match=r"a flax.nnx.Optimizer, got Gradient.*nnx.Optimizer\(head"):
         make().update(optax.sgd(0.1), features(), positives=POSITIVES)

@@ -343,6 +343,11 @@ BAD = {
         ValueError,
         r"must be names of arguments of fn, .*'margn'",
     ),
+    "behind a default": (
+        lambda: jaxbce.Loss(lambda x, y, tau=1.0, *rest: tau * x, ("margin",))(X, X, margin=1.0),
+        ValueError,
+        r"must be names of arguments of fn, .*'margin'.* and the arguments .*'tau', 'rest'",
+    ),
     "order": (
         lambda: jaxbce.Loss(lambda x, y, a, b: x, ("b", "c"))(X, X, b=1.0, c=1.0),
         ValueError,
@@ -424,6 +429,24 @@ def test_errors_in_the_head():
         jaxbce.linear_loss(ADJUSTED, *layer, positives=positives, per_label=two)
 
 
-def test_checked():
-    with pytest.raises(ValueError, match=r"Loss: labels must be in \[0, 1\], got 2.0"):
-        jaxbce.checked(ADJUSTED)(X, X + 2, log_prior=1.0)
+BCE = jaxbce.Loss(jaxbce.sigmoid_binary_cross_entropy)
+WRONG = np.float32([[0, 1, 0], [1, 2, 0]])
+KEPT = np.array([[True], [False]])
+
+
+@pytest.mark.parametrize(
+    ("call", "weight"),
+    [
+        (functools.partial(BCE, X, WRONG), KEPT),
+        (functools.partial(jaxbce.linear_loss, BCE, X[:, :1], X[:1], labels=WRONG), KEPT[:, 0]),
+    ],
+    ids=["dense", "head"],
+)
+def test_checked(call, weight):
+    """Once: the function itself would check the label too, and knows no mask and no weight."""
+    with pytest.raises(ValueError, match=r"^(Loss|linear_loss): labels must be in .* got 2.0"):
+        jaxbce.checked(call)()
+    for where in (KEPT, np.array([True, False, True])):
+        jaxbce.checked(call)(where=where)
+        jaxbce.checked(call)(where=where, weight=np.ones_like(weight, np.float32))
+    jaxbce.checked(call)(weight=weight.astype(np.float32))

@@ -267,6 +267,20 @@ def test_a_loss_of_each_element_is_sharded_as_its_logits(loss, spec):
         assert jax.typeof(got).sharding.spec == Spec(*spec)
 
 
+@pytest.mark.parametrize("num_labels", [5, 6])
+def test_a_sparse_loss_is_not_sharded_by_place_among_the_ids(num_labels):
+    """The last axis of ids is not that of labels, whatever shards it."""
+    mesh = mesh_of("explicit")
+    logits, ids = np.zeros((4, num_labels), np.float32), np.array([[0, 4]] * 4)
+    loss = jax.jit(functools.partial(jaxbce.sparse_bce_with_logits, reduction="none"))
+    expected = loss(logits, ids)
+    got = loss(
+        put(logits, ("data", None), "sharded", mesh), put(ids, (None, "model"), "sharded", mesh)
+    )
+    assert_close(got, expected)
+    assert jax.typeof(got).sharding.spec == Spec("data", None)
+
+
 @pytest.mark.parametrize("call", ["multi_hot", "positives_from_multi_hot"])
 def test_labels_are_sharded_by_row_as_what_they_are_made_of(call):
     """Each row is whole: none of its labels is on another device."""

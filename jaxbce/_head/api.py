@@ -89,7 +89,8 @@ def linear_bce_with_logits(
 
     Edge values: an id outside [0, L) is padding, duplicates count once. A row of weight 0, or of no
     kept label, with an infinite or NaN feature gives 0. A positive that is ignored is left out.
-    Infinite logits as in `bce_with_logits`. Nothing kept gives 0.
+    Infinite logits as in `bce_with_logits`, but an infinite number in the kernel gives NaN where
+    weight, where or ignored are given. Nothing kept gives 0.
 
     Differentiable: with respect to features, kernel, bias, float labels, weight, pos_weight and
     label_smoothing, each in its own dtype and shape, in reverse mode; forward over reverse and

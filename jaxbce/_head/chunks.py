@@ -9,8 +9,6 @@ A kernel is [width, labels], or the table [labels, width]. A table is multiplied
 """
 
 import dataclasses
-import functools
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +17,7 @@ import jax.numpy as jnp
 from jaxbce import _math
 from jaxbce._head.loss import ChunkLoss
 from jaxbce._labels.ids import ones_at
-from jaxbce._loss import is_defined
+from jaxbce._loss import is_defined, size_bound
 
 Gradients = dict[str, Any]  # of every float operand that is given, whatever is wanted
 
@@ -44,8 +42,12 @@ LABELLED = ("kernel", "bias", "labels", "per_label")  # one part per label
 
 
 @dataclasses.dataclass(frozen=True)
-class OneDevice:
-    """How a pass over all labels is run."""
+class Plan:
+    """How to run over all labels: the size of a chunk, the loss, how the kernel lies.
+
+    This class runs on one device. A subclass shards rows and labels, and says where the labels of a
+    device start (`first_label`), what is summed over devices (`total`), and how to `run`.
+    """
 
     chunk_size: int
     loss: ChunkLoss
@@ -107,7 +109,7 @@ def write(array: jax.Array, axis: int, part: jax.Array, start: jax.Array | int) 
 
 
 def chunk_logits(
-    plan: OneDevice, features: jax.Array, kernel: jax.Array, added: list[jax.Array]
+    plan: Plan, features: jax.Array, kernel: jax.Array, added: list[jax.Array]
 ) -> jax.Array:
     """The logits of a chunk; `kernel` is in the dtype of the product, `added` [chunk] each."""
     logits = matmul(features, kernel, 1, 1 - plan.label_dim_of("kernel"))
@@ -129,13 +131,13 @@ def chunk_mask(
     return keep
 
 
-def replaced(elements: dict[str, Any], hidden: jax.Array | None) -> dict[str, Any]:
-    """`elements` with harmless numbers in place of what is hidden."""
-    if hidden is None:
+def replaced(elements: dict[str, Any], left_out: jax.Array | None) -> dict[str, Any]:
+    """`elements` with harmless numbers in place of what is left out."""
+    if left_out is None:
         return elements
 
     def harmless(name: str, element: Any) -> Any:
-        return jax.tree.map(lambda a: jnp.where(hidden, float(name == "per_label"), a), element)
+        return jax.tree.map(lambda a: jnp.where(left_out, float(name == "per_label"), a), element)
 
     return {name: harmless(name, element) for name, element in elements.items()}
 
@@ -182,7 +184,7 @@ def sum_of_rows(values: jax.Array, rounded: jax.Array) -> jax.Array:
 
 
 def chunk_pass(
-    plan: OneDevice,
+    plan: Plan,
     operands: Operands,
     with_gradients: bool,
     first_label: jax.Array | int,
@@ -220,9 +222,10 @@ def chunk_pass(
     else:
         labels = ones_at(operands.positives, size, jnp.uint8, id_of_start)
     elements = {"logits": logits, "labels": labels.astype(logits.dtype)}
-    # Inside `jax.shard_map` an array is marked by the axes of the mesh over which it varies.
-    # `broadcast_to` would not mark one as the logits are, and JAX would sum its gradient over the
-    # rows' axis. `plan.total` does that later. A sum with these zeros marks it.
+    # Inside `jax.shard_map` the type of an array says over which axes of the mesh it varies. What
+    # belongs to a label does not vary over the axis of the rows, so JAX would sum its gradient over
+    # that axis, and `plan.total` would sum it once more. Added to these zeros it varies as the
+    # logits do, and JAX does not.
     zeros = jnp.zeros_like(logits)
     if operands.per_label:
         elements["per_label"] = tuple(zeros + array[None] for array in part("per_label"))
@@ -237,22 +240,24 @@ def chunk_pass(
 
     if due is not None:
         keep = due[None] if keep is None else keep & due[None]
-    # Two reasons to leave an element out. masked: the user's mask, or a label that another chunk
-    # counts; its loss is 0. annihilated: it is not finite and its row has weight 0; its loss is set
-    # to ∞, which `finite_rows` makes 0. What is hidden, for either reason, is replaced before the
-    # loss sees it.
+    # There are two reasons to leave an element out.
+    #   masked: the user masks it, or another chunk counts its label. Its loss is 0.
+    #   annihilated: its row has weight 0, and its loss or a slope may not be finite. Its loss is ∞,
+    #     so that of the row is not finite, and `finite_rows` makes it 0. So the gradient by the
+    #     weight is 0 too.
+    # For either reason it is replaced before the loss sees it: a NaN would reach a gradient.
     masked = None if keep is None else ~keep
-    hidden, annihilated = masked, None
+    left_out, annihilated = masked, None
     if weightless is not None:
-        finite = functools.reduce(operator.and_, map(jnp.isfinite, jax.tree.leaves(elements)))
+        finite = jnp.isfinite(size_bound(*jax.tree.leaves(elements)))
         if plan.loss.program:
             finite &= is_defined(smoothed_loss, replaced(elements, masked))
         annihilated = weightless & ~finite
-        hidden = annihilated if masked is None else annihilated | masked
+        left_out = annihilated if masked is None else annihilated | masked
 
     def masked_loss(elements: Any) -> jax.Array:
         # Replaced before anything is computed of them, so that no NaN reaches a derivative.
-        losses = smoothed_loss(replaced(elements, hidden))
+        losses = smoothed_loss(replaced(elements, left_out))
         if annihilated is not None:
             losses = jnp.where(annihilated, jnp.inf, losses)
         return losses if masked is None else jnp.where(masked, 0, losses)
@@ -286,7 +291,7 @@ def chunk_pass(
 
 
 def full_pass(
-    plan: OneDevice, operands: Operands, with_gradients: bool, first_label: jax.Array | int
+    plan: Plan, operands: Operands, with_gradients: bool, first_label: jax.Array | int
 ) -> tuple[jax.Array, Gradients]:
     """The unscaled loss of each row and the gradients of Σ row_factor · loss.
 
@@ -371,19 +376,19 @@ def cotangents(gradients: Gradients, operands: Operands) -> tuple[Operands]:
 # computed with the loss and multiplied by it. A higher derivative goes through that forward rule.
 
 
-def total_loss_impl(plan: OneDevice, operands: Operands) -> jax.Array:
+def total_loss_impl(plan: Plan, operands: Operands) -> jax.Array:
     by_row, _ = plan.run(operands, False)
     return scaled_sum(by_row, operands)
 
 
-def total_loss_fwd(plan: OneDevice, operands: Operands) -> tuple[jax.Array, Any]:
+def total_loss_fwd(plan: Plan, operands: Operands) -> tuple[jax.Array, Any]:
     by_row, gradients = plan.run(operands, True)
     gradients["row_factor"] = finite_rows(by_row, operands)
     gradients["features"] = gradients["features"].astype(gradient_dtype(operands.features))
     return scaled_sum(by_row, operands), (gradients, empty_operands(operands))
 
 
-def total_loss_bwd(plan: OneDevice, residuals: Any, g: jax.Array) -> tuple[Operands]:
+def total_loss_bwd(plan: Plan, residuals: Any, g: jax.Array) -> tuple[Operands]:
     gradients, operands = residuals
     scaled = jax.tree.map(lambda gradient: g * gradient.astype(g.dtype), gradients)
     return cotangents(scaled, operands)
@@ -397,15 +402,15 @@ total_loss.defvjp(total_loss_fwd, total_loss_bwd)
 # in the gradients, so the backward pass computes them.
 
 
-def row_losses_impl(plan: OneDevice, operands: Operands) -> jax.Array:
+def row_losses_impl(plan: Plan, operands: Operands) -> jax.Array:
     return plan.run(operands, False)[0]
 
 
-def row_losses_fwd(plan: OneDevice, operands: Operands) -> tuple[jax.Array, Operands]:
+def row_losses_fwd(plan: Plan, operands: Operands) -> tuple[jax.Array, Operands]:
     return row_losses_impl(plan, operands), operands
 
 
-def row_losses_bwd(plan: OneDevice, operands: Operands, g: jax.Array) -> tuple[Operands]:
+def row_losses_bwd(plan: Plan, operands: Operands, g: jax.Array) -> tuple[Operands]:
     _, gradients = plan.run(operands._replace(row_factor=g), True)
     return cotangents(gradients, operands)
 

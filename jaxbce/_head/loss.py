@@ -40,9 +40,10 @@ class ChunkLoss:
         return losses.astype(logits.dtype)
 
     def row(self, logits: jax.Array, labels: jax.Array, *per_label: jax.Array) -> jax.Array:
-        """One row. What all rows share, `per_label`, has a gradient of its own in each of them.
+        """The losses of one row, to be mapped over all.
 
-        So that can be masked before it is summed.
+        Each row has its own gradient of `per_label`, which all rows share. So that gradient can be
+        masked before the rows are summed. A sum would let a masked NaN in.
         """
         return self.loss(logits[None], labels[None], *per_label)[0]
 

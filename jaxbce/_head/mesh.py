@@ -10,13 +10,13 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxbce import _checks, _placement
 from jaxbce._head import chunks
-from jaxbce._head.chunks import OneDevice
+from jaxbce._head.chunks import Plan
 
 Axis = str | tuple[str, ...] | None  # of a mesh; in a tuple the last is the finest
 
 
 @dataclasses.dataclass(frozen=True)
-class OnMesh(OneDevice):
+class MeshPlan(Plan):
     """A pass over labels sharded over `label_axis` and rows sharded over `batch_axis`."""
 
     mesh: Mesh
@@ -149,8 +149,8 @@ class PlanOptions:
         labels: int,
         *,
         loss: Any = None,
-        kind: type[OnMesh] | None = None,
-    ) -> OneDevice:
+        kind: type[MeshPlan] | None = None,
+    ) -> Plan:
         """How to run over so many rows and labels; on several devices as a `kind` of plan."""
         own_rows, batch_axis = self._share(name, *self.axes[0], rows)
         own_labels, label_axis = self._share(name, *self.axes[-1], labels)
@@ -165,7 +165,7 @@ class PlanOptions:
         # shares out the work of one device.
         unshared = not (batch_axis or label_axis) or _checks.values_are_checked()
         if self.mesh is None or unshared:
-            return OneDevice(chunk_size, loss, self.transposed)
+            return Plan(chunk_size, loss, self.transposed)
         context = jax.sharding.get_abstract_mesh()
         if _placement.manual_axes() and context.shape != self.mesh.shape:
             raise ValueError(
@@ -174,7 +174,7 @@ class PlanOptions:
             )
         kinds = (AxisType.Auto,) * len(self.mesh.axis_names)
         mesh = Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=kinds)
-        return (kind or OnMesh)(chunk_size, loss, self.transposed, mesh, batch_axis, label_axis)
+        return (kind or MeshPlan)(chunk_size, loss, self.transposed, mesh, batch_axis, label_axis)
 
     def _share(self, name: str, argument: str, axis: Axis, size: int) -> tuple[int, Axis]:
         """What one device has of `size`, and the axes that share it, of more than one device."""

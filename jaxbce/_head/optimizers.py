@@ -141,10 +141,10 @@ def check_by_label(
     state: Any,
     other: int,
 ) -> None:
-    """Proves that a step treats each label apart, and `other` labels as all of them.
+    """Proves that a step computes each label from itself, for `other` labels as for all of them.
 
-    The program is read for two numbers of labels. It must be the same, and an axis of which the
-    size differs holds the labels: what has one must be computed label by label.
+    The program is read for both numbers of labels, and must be the same. An axis whose size differs
+    between them is one of labels: what has one must be computed label by label.
     """
     num_labels = params["kernel"].shape[param_axes["kernel"]]
     leaves = zip(jax.tree.leaves(state), layout.axes, strict=True)

@@ -9,10 +9,10 @@ import numpy as np
 
 from jaxbce import _placement
 from jaxbce._head import chunks
-from jaxbce._head.mesh import OnMesh
+from jaxbce._head.mesh import MeshPlan
 
 
-class OnRing(OnMesh):
+class RingPlan(MeshPlan):
     """A pass over rows and labels that are sharded over the same axis.
 
     The labels travel: each device meets those of one other at a time, so what it holds does not

@@ -82,11 +82,11 @@ def rounded(new: Any, old: Any, key: jax.Array | None) -> Any:
 
 
 def round_with(noise: jax.Array, values: jax.Array, dtype: Any) -> jax.Array:
-    """`values` rounded to a narrow dtype, up with the probability of what is cut off.
+    """`values` rounded to a narrow dtype at random, so that the mean of the results is exact.
 
-    Written as whole numbers: a float32 is `significand` units, of which `dtype` keeps every
-    2**cut-th. `cut` random bits added to the significand carry into the kept part as often as the
-    part that is cut off is a part of 2**cut.
+    Written as whole numbers: a float32 is `significand` units, and `dtype` lacks the last `cut`
+    bits of it. So many random bits are added, and then dropped. The sum carries into what is kept
+    with probability (dropped bits) / 2^cut.
     """
     info = jnp.finfo(dtype)
     unsigned = jnp.dtype(f"uint{info.bits}")
@@ -98,8 +98,8 @@ def round_with(noise: jax.Array, values: jax.Array, dtype: Any) -> jax.Array:
     least = max(127 + int(info.minexp), 1)
     new_exponent = jnp.maximum(exponent, least)
     cut = 23 - info.nmant + new_exponent - exponent
-    # With more than 31 bits to cut, the number is below 2**-8 of the smallest one. It is shifted so
-    # that 31 random bits still decide, to that precision.
+    # With more than 31 bits to cut, the number is below 2^-8 of the smallest one. It is shifted
+    # first, so that 31 random bits decide: the probability is then exact to 2^-31.
     significand >>= jnp.clip(cut, 31, 62) - 31
     cut = jnp.minimum(cut, 31)
     noise = noise.astype(jnp.uint32) >> (jnp.iinfo(noise.dtype).bits - cut)

@@ -13,7 +13,7 @@ from jaxbce import _checks, _math, _placement, _reduce
 from jaxbce._head import arguments, chunks
 from jaxbce._head.loss import ChunkLoss
 from jaxbce._head.mesh import PlanOptions
-from jaxbce._head.ring import OnRing
+from jaxbce._head.ring import RingPlan
 from jaxbce._labels.ids import checked_ids
 from jaxbce._losses.bce import BCE
 
@@ -172,5 +172,5 @@ def _siglip(
         row_factor=_reduce.row_factor(weight, None, (batch,), num_texts, dtype, "batchmean"),
         weightless=None if weight is None else weight == 0,
     )
-    plan = options.plan(name, batch, num_texts, loss=ChunkLoss(BCE), kind=OnRing)
+    plan = options.plan(name, batch, num_texts, loss=ChunkLoss(BCE), kind=RingPlan)
     return chunks.total_loss(plan, _placement.vary_together(operands))

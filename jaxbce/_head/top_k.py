@@ -13,8 +13,8 @@ from jax.typing import ArrayLike
 
 from jaxbce import _checks, _placement
 from jaxbce._head import arguments
-from jaxbce._head.chunks import OneDevice, chunk_logits, part_of
-from jaxbce._head.mesh import OnMesh, PlanOptions
+from jaxbce._head.chunks import Plan, chunk_logits, part_of
+from jaxbce._head.mesh import MeshPlan, PlanOptions
 
 Candidates = tuple[jax.Array, jax.Array]  # logits of each row and their labels
 
@@ -115,7 +115,9 @@ def _top_k(
     plan = options.plan(name, features.shape[0], num_labels)
     padding, layer = arguments.padding.value, Layer(features, kernel, bias)
     wanted = Wanted(k, num_labels - padding if padding else None)
-    values, ids = (best_of_devices if isinstance(plan, OnMesh) else candidates)(plan, wanted, layer)
+    values, ids = (best_of_devices if isinstance(plan, MeshPlan) else candidates)(
+        plan, wanted, layer
+    )
     return values.reshape(*lead, k), ids.reshape(*lead, k)
 
 
@@ -125,7 +127,7 @@ def best(values: jax.Array, ids: jax.Array, k: int) -> Candidates:
     return values, jnp.take_along_axis(ids, order, axis=1)
 
 
-def candidates(plan: OneDevice, wanted: Wanted, layer: Layer) -> Candidates:
+def candidates(plan: Plan, wanted: Wanted, layer: Layer) -> Candidates:
     """The highest logits of a device's own labels; of equal ones, the lowest label first."""
     features, kernel, bias = layer
     first_label, k = plan.first_label(kernel), min(wanted.k, plan.num_labels(kernel))
@@ -163,7 +165,7 @@ def candidates(plan: OneDevice, wanted: Wanted, layer: Layer) -> Candidates:
     return found
 
 
-def layer_specs(plan: OnMesh, layer: Layer) -> Any:
+def layer_specs(plan: MeshPlan, layer: Layer) -> Any:
     specs: dict[str, Any] = plan.specs()
     return Layer(specs["features"], specs["kernel"], None if layer.bias is None else specs["bias"])
 
@@ -173,7 +175,7 @@ def layer_specs(plan: OnMesh, layer: Layer) -> Any:
 # `jax.shard_map`, JAX takes no residuals out of this one.
 
 
-def best_of_devices_impl(plan: OnMesh, wanted: Wanted, layer: Layer) -> Candidates:
+def best_of_devices_impl(plan: MeshPlan, wanted: Wanted, layer: Layer) -> Candidates:
     shared = plan.shard(
         lambda layer: candidates(plan, wanted, layer),
         (layer_specs(plan, layer),),
@@ -187,12 +189,12 @@ def best_of_devices_impl(plan: OnMesh, wanted: Wanted, layer: Layer) -> Candidat
     return result
 
 
-def best_of_devices_fwd(plan: OnMesh, wanted: Wanted, layer: Layer) -> tuple[Candidates, Any]:
+def best_of_devices_fwd(plan: MeshPlan, wanted: Wanted, layer: Layer) -> tuple[Candidates, Any]:
     values, ids = best_of_devices_impl(plan, wanted, layer)
     return (values, ids), (layer, ids)
 
 
-def best_of_devices_bwd(plan: OnMesh, wanted: Wanted, residuals: Any, g: Any) -> tuple[Layer]:
+def best_of_devices_bwd(plan: MeshPlan, wanted: Wanted, residuals: Any, g: Any) -> tuple[Layer]:
     layer, ids = residuals
 
     def local(layer: Layer, ids: jax.Array, g: jax.Array) -> Layer:

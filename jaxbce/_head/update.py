@@ -14,9 +14,9 @@ from jax.typing import ArrayLike
 from jaxbce import _checks, _math, _placement
 from jaxbce._head import arguments, chunks, optimizers, rounding
 from jaxbce._head.arguments import Given
-from jaxbce._head.chunks import OneDevice
+from jaxbce._head.chunks import Plan
 from jaxbce._head.loss import ChunkLoss, built_in_loss, own_loss
-from jaxbce._head.mesh import OnMesh, PlanOptions
+from jaxbce._head.mesh import MeshPlan, PlanOptions
 from jaxbce._loss import Loss
 from jaxbce._reduce import ScalarReduction
 
@@ -216,6 +216,7 @@ def _update(
     opt_state = jax.tree.map(jnp.asarray, opt_state)
     plan = options.plan(name, batch, num_labels, loss=loss)
     axes = optimizers.label_dims(params, options.transposed)
+    # The second size of the proof is that of a chunk, which is run. Without chunks any will do.
     other = plan.chunk_size if plan.chunk_size < num_labels else num_labels + 1
     optimizers.check_by_label(name, optimizer, layout, params, axes, opt_state, other)
 
@@ -251,7 +252,7 @@ def _update(
     if any(rounding.is_float_below(array, 16) for array in params.values()):
         # XLA on a CPU would convert all of the kernel to float16 and back for each chunk.
         local = functools.partial(jax.lax.platform_dependent, cpu=by_bits, default=by_values)
-    if isinstance(plan, OnMesh):
+    if isinstance(plan, MeshPlan):
         specs = plan.specs()
         placed = jax.tree.map(plan.spec_of_labels, by_label.arrays, by_label.axes)
         whole = jax.tree.map(lambda _: PartitionSpec(), (others, key))
@@ -300,7 +301,7 @@ class ByLabel(NamedTuple):
 
 
 def update_pass(
-    plan: OneDevice,
+    plan: Plan,
     new_parts: Callable[..., Any],
     operands: chunks.Operands,
     by_label: ByLabel,
@@ -313,8 +314,9 @@ def update_pass(
     from the result. The array as it was has no later reader, so XLA writes in place. If a turn read
     and wrote the same chunk, XLA would copy the whole array.
 
-    The last chunk is as large as the others and overlaps the one before, unlike that of
-    `full_pass`: an optimizer is proven for two sizes, that of a chunk and that of all labels.
+    All chunks have the same size, unlike those of `full_pass`: an optimizer is proven for two
+    sizes, that of a chunk and that of all labels. So the last chunk should start at `first`, but
+    starts before, at `start`, among labels that are done. `due` tells which are not.
     """
     chunk_size, num_labels = plan.chunk_size, plan.num_labels(operands.kernel)
     first_label = plan.first_label(operands.kernel)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxbce import _checks, _placement, _reduce
+from jaxbce import _checks, _math, _placement, _reduce
 from jaxbce._labels import ids as _ids
 
 
@@ -165,11 +165,11 @@ def _counts(
 def _dense_counts(labels: Any, where: Any, *, name: str) -> tuple[jax.Array, jax.Array]:
     labels = _ids.check_labels(name, labels)
     where = _checks.mask(name, where, "labels", labels.shape)
-    dtype = jnp.float64 if labels.dtype == jnp.float64 else jnp.float32
+    dtype = _math.accumulator(labels)
     # Summed in int32: a float32 stops counting at 2^24 when ones are added to it.
     labels = labels.astype(dtype if jnp.issubdtype(labels.dtype, jnp.floating) else jnp.int32)
     masked = labels if where is None else jnp.where(where, labels, 0)
-    _checks.check_values(name, "labels", masked, (masked >= 0) & (masked <= 1), "in [0, 1]")
+    _checks.check_unit_interval(name, "labels", masked)
     count = jnp.sum(masked, axis=tuple(range(labels.ndim - 1)))
     return count.astype(dtype), _kept_per_label(where, labels.shape, dtype)
 

@@ -1,4 +1,4 @@
-"""Label ids (`positives`) of rows of ids, to multi-hot arrays and back."""
+"""Label ids: from rows of ids and from multi-hot arrays, checked, and back to dense labels."""
 
 from __future__ import annotations
 

@@ -44,8 +44,11 @@ def sigmoid_power(k: float) -> _math.ScalarFn:
 
 
 def kink(clip: float, dtype: Any) -> tuple[float, float]:
-    """Where p = clip, x0 = log(clip / (1 - clip)): as a number of `dtype`, and what that lacks."""
-    # In float64 the remainder of x0 is below the arithmetic's own precision.
+    """Where p = clip, x0 = log(clip / (1 - clip)): the nearest number of `dtype`, and the rest.
+
+    Near the kink x - x0 cancels, so x0 needs more digits than `dtype` has.
+    """
+    # In float64 the rest is below the arithmetic's own precision.
     digits, p = decimal.Context(prec=50), decimal.Decimal(clip)
     x0 = digits.ln(digits.divide(p, digits.subtract(1, p)))
     rounded = float(np.asarray(float(x0), dtype))

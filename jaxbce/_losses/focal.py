@@ -34,7 +34,9 @@ FACTORS: dict[str, _math.ScalarFn] = {
     "x": lambda x, y: x,
     "1": lambda x, y: jnp.ones_like(x),
 }
-BY_X = {"c": (0, "s"), "s": (1, "1"), "x": (0, "1")}  # f: the power of p q and the f of ∂f/∂x
+# BY_X[f] = (j, h) is ∂f/∂x = (p q)^j h, and MINUS_BY_Y[f] = h is ∂f/∂y = -h. What is in no table
+# has the derivative 0.
+BY_X = {"c": (0, "s"), "s": (1, "1"), "x": (0, "1")}
 MINUS_BY_Y = {"c": "x", "s": "1"}
 
 

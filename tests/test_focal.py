@@ -79,6 +79,7 @@ def focal_cases(gamma):
     return *(functools.partial(fn, gamma=gamma) for fn in (focal, oracle.focal)), (gamma, gamma)
 
 
+@pytest.mark.thorough
 @every_gamma
 @every_16_bit_dtype
 def test_focal_at_every_16_bit_logit(dtype, gamma):
@@ -109,6 +110,7 @@ def asymmetric_cases(options):
     return *losses, (options["gamma_neg"], options["gamma_pos"])
 
 
+@pytest.mark.thorough
 @every_setting
 @every_16_bit_dtype
 def test_asymmetric_at_every_16_bit_logit(dtype, options):

@@ -728,6 +728,7 @@ def test_a_symbolic_batch():
     np.testing.assert_allclose(loss, jaxbce.bce_with_logits(labels, DENSE), rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_64_bits():
     """Ids stay int32, and counts float32 but for float64 labels."""
     labels, positives = DENSE.astype(np.float64), POSITIVES.astype(np.int64)

@@ -315,6 +315,7 @@ STALE = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("of", ["linear_loss", "linear_update"])
 @pytest.mark.parametrize("kind", STALE)
 def test_a_loss_reads_what_its_object_holds_now(kind, of, rng):
@@ -395,6 +396,7 @@ class Clipped:
         return optax.sigmoid_binary_cross_entropy(x, y) * factor
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("make", [lambda loss: loss, jaxbce.Loss], ids=["function", "Loss"])
 @pytest.mark.parametrize("rule", ["vjp", "jvp", "callback"])
 def test_a_rule_of_a_derivative_reads_what_its_object_holds_now(rule, make, rng):

@@ -344,6 +344,7 @@ RATES_OF_LEARNING = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "nnx.jit"])
 @pytest.mark.parametrize("put", RATES_OF_LEARNING.values(), ids=RATES_OF_LEARNING)
 @jax.numpy_dtype_promotion("standard")

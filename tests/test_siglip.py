@@ -111,6 +111,7 @@ def test_dtypes_may_differ(wide_ones, rng):
         assert gradient.dtype == arguments[name].dtype
 
 
+@pytest.mark.thorough
 @every_place
 @every_order
 @pytest.mark.parametrize("weight", ["some 0", "all 0"])
@@ -170,6 +171,7 @@ HIDDEN = [
 ]
 
 
+@pytest.mark.thorough
 @every_place
 @pytest.mark.parametrize("hide", HIDDEN, ids=lambda hide: hide.__name__)
 def test_what_is_hidden_reaches_no_gradient(hide, place, rng):

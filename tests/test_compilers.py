@@ -145,46 +145,47 @@ def test_the_head_moves_little_more_than_its_products(ratios, row):
     assert 0 < ratios[row] <= BOUNDS[target][case]
 
 
-def run_in_benchmarks(code):
-    command = [sys.executable, "-c", f"import head, head_scaling; print({code})"]
-    run = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=True)
-    return run.stdout
+FITS = {
+    "2^20 labels on one chip": "one_chip(head.chunked(), 2**20)",
+    "focal loss of 2^20 labels on one chip": "one_chip(head.chunked(head.FOCAL), 2**20)",
+    "a step of Adam on 2^20 labels on one chip": "step_on_one_chip('update', 2**20)",
+    "2^26 labels on 64 chips": "each_of_64_chips(2**26)",
+    "a step on 2,812,281 labels in float8 on one chip, beside its kernel": (
+        "amazon_on_one_chip('float8_e4m3fn') - 2_812_281 * 768"
+    ),
+}
+RING = "*(head_scaling.each_of_a_ring(*ring) for ring in head_scaling.RINGS)"
+DENSE = "head_scaling.one_chip(head.dense, 2**21)"
+
+
+@pytest.fixture(scope="module")
+def printed():
+    """What each of these prints; they compile two at a time."""
+
+    def run(code):
+        command = [sys.executable, "-c", f"import head, head_scaling; print({code})"]
+        return subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=True)
+
+    codes = [*(f"head_scaling.{size}" for size in FITS.values()), RING, DENSE]
+    with ThreadPoolExecutor(2) as pool:
+        outputs = [process.stdout for process in pool.map(run, codes)]
+    return dict(zip(codes, outputs, strict=True))
 
 
 @needs_libtpu
-@pytest.mark.parametrize(
-    "size",
-    [
-        "one_chip(head.chunked(), 2**20)",
-        "one_chip(head.chunked(head.FOCAL), 2**20)",
-        "step_on_one_chip('update', 2**20)",
-        "each_of_64_chips(2**26)",
-        "amazon_on_one_chip('float8_e4m3fn') - 2_812_281 * 768",
-    ],
-    ids=[
-        "2^20 labels on one chip",
-        "focal loss of 2^20 labels on one chip",
-        "a step of Adam on 2^20 labels on one chip",
-        "2^26 labels on 64 chips",
-        "a step on 2,812,281 labels in float8 on one chip, beside its kernel",
-    ],
-)
-def test_the_chunked_head_fits(size):
-    assert 0 < int(run_in_benchmarks(f"head_scaling.{size}")) < 0.3e9
+@pytest.mark.parametrize("size", FITS.values(), ids=FITS)
+def test_the_chunked_head_fits(size, printed):
+    assert 0 < int(printed[f"head_scaling.{size}"]) < 0.3e9
 
 
 @needs_libtpu
-def test_a_chip_holds_no_more_on_a_larger_ring():
+def test_a_chip_holds_no_more_on_a_larger_ring(printed):
     """Nor gathers it anything, which the benchmark asserts."""
-    sizes = run_in_benchmarks(
-        "*(head_scaling.each_of_a_ring(*ring) for ring in head_scaling.RINGS)"
-    )
-    first, *larger = map(int, sizes.split())
+    first, *larger = map(int, printed[RING].split())
     assert all(0 < size <= first for size in larger)
     assert first < 0.15e9
 
 
 @needs_libtpu
-def test_the_dense_head_does_not():
-    output = run_in_benchmarks("head_scaling.one_chip(head.dense, 2**21)")
-    assert "RESOURCE_EXHAUSTED" in output
+def test_the_dense_head_does_not(printed):
+    assert "RESOURCE_EXHAUSTED" in printed[DENSE]

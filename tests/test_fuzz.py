@@ -71,7 +71,7 @@ def expected_of(loss, scores, labels, options):
 
 
 @every_kernel
-@settings(max_examples=20)
+@settings(max_examples=14)
 @given(data=st.data())
 def test_any_call(loss, data):
     scores, labels, options, transform = data.draw(calls(loss))

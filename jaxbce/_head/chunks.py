@@ -9,6 +9,8 @@ A kernel is [width, labels], or the table [labels, width]. A table is multiplied
 """
 
 import dataclasses
+import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -249,7 +251,11 @@ def chunk_pass(
     masked = None if keep is None else ~keep
     left_out, annihilated = masked, None
     if weightless is not None:
-        finite = jnp.isfinite(size_bound(*jax.tree.leaves(elements)))
+        finite = functools.reduce(operator.and_, map(jnp.isfinite, jax.tree.leaves(elements)))
+        if operands.per_label:
+            # The slope by a label may overflow. Without these numbers it does not, and XLA on a TPU
+            # would write the logits to memory for this product.
+            finite &= jnp.isfinite(size_bound(logits, *elements["per_label"]))
         if plan.loss.program:
             finite &= is_defined(smoothed_loss, replaced(elements, masked))
         annihilated = weightless & ~finite

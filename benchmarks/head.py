@@ -1,4 +1,4 @@
-"""Claim: at 131,072 labels, batch 256, width 128, float32, on a CPU, the chunked head is 2.2 to 3.4
+"""Claim: at 131,072 labels, batch 256, width 128, float32, on a CPU, the chunked head is 2.1 to 3.4
 times as fast as a dense optax head and takes 0.9 to 1.3 times its three bare matrix products, 1.1
 on a quiet machine; `chunk_size=None` is within 10 % of the best fixed chunk. A whole step of
 training with Adam, by `linear_update`, takes 0.8 to 1.02 times as long as the chunked head's

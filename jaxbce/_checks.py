@@ -289,7 +289,8 @@ def static_number(
             f"{type(value).__name__}; pass float({argument}) outside jax.jit, or make it static: "
             f"jax.jit(..., static_argnames={argument!r})"
         )
-    # What is beyond float32 would become infinite.
+    # A Python number, which has no largest one. What is beyond float32 would become infinite.
+    value = np.asarray(value).item()
     if not low <= value < min(high, float(jnp.finfo(jnp.float32).max)):
         raise ValueError(f"{name}: {argument} must be {valid}, got {value}")
     return float(value)

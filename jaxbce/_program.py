@@ -151,19 +151,17 @@ def is_same(one: Sequence[Equation], two: Sequence[Equation], exact: bool) -> bo
     With `exact=False` they may differ in the wiring and in reshapes, which JAX adds and drops where
     an axis has one element.
     """
-    if exact:
-        return [(*each.operation, each.axes) for each in one] == [
-            (*each.operation, each.axes) for each in two
-        ]
-    parts = [
-        [
+
+    def parts(program: Sequence[Equation]) -> list[tuple[Any, ...]]:
+        if exact:
+            return [(*each.operation, each.axes) for each in program]
+        return [
             (each.primitive, each.constants, each.primitive in ELEMENTWISE.split() and each.options)
             for each in program
             if each.primitive not in SHAPING.split()
         ]
-        for program in (one, two)
-    ]
-    return parts[0] == parts[1]
+
+    return parts(one) == parts(two)
 
 
 def what_mixes(one: Sequence[Equation], two: Sequence[Equation]) -> str | None:

@@ -419,6 +419,13 @@ def test_a_known_number_is_in_its_range(call, number):
         call(number)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
+def test_a_known_number_of_numpy_is_that_number(dtype):
+    """Also of a dtype in which the largest float32 is infinite."""
+    for number in (np.dtype(dtype).type(2), np.array(2, dtype)):
+        assert jaxbce.focal_loss(X, X, gamma=number) == jaxbce.focal_loss(X, X, gamma=2.0)
+
+
 @pytest.mark.parametrize(
     "call",
     [

@@ -197,6 +197,11 @@ class Loss:
         return _program.of_loss(name, scalar, [number] * (2 + len(given)), remedy, scalars)
 
 
+def smoothed(labels: jax.Array, a: jax.Array | None) -> jax.Array:
+    """Labels moved toward one half by the label_smoothing `a`, if there is one."""
+    return labels if a is None else labels * (1 - a) + a / 2
+
+
 def size_bound(*values: Any) -> jax.Array:
     """A bound for the size of a loss and its slopes: infinite or NaN wherever they may be."""
     sizes = [jnp.maximum(jnp.abs(value), 1) for value in values if value is not None]
@@ -330,20 +335,16 @@ def evaluate_arrays(
 
     size = bound(x, y, *extras)
     a = _checks.smoothing(name, label_smoothing, dtype)
-
-    def smoothed(y: jax.Array) -> jax.Array:
-        return y if a is None else y * (1 - a) + a * 0.5
-
     mapped = loss.mapped(x.ndim, given, name)
     if program and weight is not None:
-        size = jnp.where(is_defined(mapped, x, smoothed(y), *extras), size, jnp.inf)
+        size = jnp.where(is_defined(mapped, x, smoothed(y, a), *extras), size, jnp.inf)
     keep = _reduce.enters(size, weight, where)
     if keep is not None:
         # Before anything is computed of them, so that no NaN reaches a gradient.
         x, y = jnp.where(keep, x, 0), jnp.where(keep, y, 0)
         extras = [jnp.where(keep, extra, 1) for extra in extras]
         weight = None if weight is None else jnp.where(keep, weight, 0)
-    y = smoothed(y)
+    y = smoothed(y, a)
     if program and keep is not None:
         # A user's loss may be infinite at the replacements too. The outer select drops its value.
         # Its slope by y may then be NaN, and y depends on label_smoothing. So y is replaced once

@@ -780,6 +780,12 @@ def of_step(q, **options):
     return jaxbce.linear_update(optimizer, jnp.ones((1, 2)), params, state, **options).loss
 
 
+def of_own_head(q, **options):
+    layer = jnp.ones((1, 2)), jnp.ones((2, 3))
+    loss = jaxbce.Loss(jaxbce.bce_with_logits, parameters=("pos_weight",))
+    return jaxbce.linear_loss(loss, *layer, positives=IDS[:1], per_label=(q,), **options)
+
+
 @pytest.mark.parametrize("bad", [-1.0, np.nan], ids=str)
 @pytest.mark.parametrize(
     "call",
@@ -793,18 +799,21 @@ def of_step(q, **options):
         lambda q, keep: of_head(q, where=keep),
         lambda q, keep: of_head(q, ignored=jnp.where(keep[2], -1, 2)[None, None]),
         lambda q, keep: of_head(q, where=keep, reduction="none"),
+        lambda q, keep: of_own_head(q, where=keep),
         lambda q, keep: of_step(q, where=keep),
     ],
     ids=[
         *("where", "weight", "gradient", "unreduced", "sparse", "object"),
-        *("head", "head, ignored", "head, by row", "step"),
+        *("head", "head, ignored", "head, by row", "own loss, head", "step"),
     ],
 )
 def test_checked_refuses_a_negative_pos_weight(call, bad):
     """An infinite one is right where a label is 0."""
     for q in (np.float32([0, np.inf, 1]), np.float32([0, 1, bad])):
         jaxbce.checked(lambda q=q: call(q, np.array([True, True, False])))()
-    with pytest.raises(ValueError, match=f"pos_weight must be at least 0, got {bad}"):
+    with pytest.raises(
+        ValueError, match=f"(pos_weight|per_label.0.) must be at least 0, got {bad}"
+    ):
         jaxbce.checked(lambda: call(np.float32([0, 1, bad]), np.ones(3, bool)))()
 
 

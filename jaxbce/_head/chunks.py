@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.lax import dynamic_slice_in_dim, dynamic_update_slice_in_dim
 
 from jaxbce import _math
 from jaxbce._head.loss import ChunkLoss
 from jaxbce._labels.ids import ones_at
-from jaxbce._loss import is_defined, size_bound
+from jaxbce._loss import is_defined, size_bound, smoothed
 
 Gradients = dict[str, Any]  # of every float operand that is given, whatever is wanted
 
@@ -101,15 +102,6 @@ def differentiable(operands: Operands) -> tuple[str, ...]:
     )
 
 
-def part_of(array: jax.Array, axis: int, start: jax.Array | int, size: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
-
-
-def write(array: jax.Array, axis: int, part: jax.Array, start: jax.Array | int) -> jax.Array:
-    """`array` with its part from `start` on replaced."""
-    return jax.lax.dynamic_update_slice_in_dim(array, part, start, axis)
-
-
 def chunk_logits(
     plan: Plan, features: jax.Array, kernel: jax.Array, added: list[jax.Array]
 ) -> jax.Array:
@@ -126,7 +118,7 @@ def chunk_mask(
     """Which of the `size` labels from `start` on are kept. The id of the first is `id_of_start`."""
     keep = operands.where
     if keep is not None and keep.shape[1] != 1:
-        keep = part_of(keep, 1, start, size)
+        keep = dynamic_slice_in_dim(keep, start, size, 1)
     if operands.ignored is not None:
         known = ~ones_at(operands.ignored, size, bool, id_of_start)
         keep = known if keep is None else known & keep
@@ -207,7 +199,8 @@ def chunk_pass(
         if layer is not None and name in layer:
             return layer[name]
         axis = plan.label_dim_of(name)
-        return jax.tree.map(lambda a: part_of(a, axis, start, size), getattr(operands, name))
+        whole = getattr(operands, name)
+        return jax.tree.map(lambda array: dynamic_slice_in_dim(array, start, size, axis), whole)
 
     id_of_start = first_label + start
     kernel, bias, label_dim = part("kernel"), part("bias"), plan.label_dim_of("kernel")
@@ -235,9 +228,7 @@ def chunk_pass(
         elements["label_smoothing"] = zeros + operands.label_smoothing
 
     def smoothed_loss(elements: Any) -> jax.Array:
-        labels, a = elements["labels"], elements.get("label_smoothing")
-        if a is not None:
-            labels = labels * (1 - a) + a / 2
+        labels = smoothed(elements["labels"], elements.get("label_smoothing"))
         return plan.loss(elements["logits"], labels, *elements.get("per_label", ()))
 
     if due is not None:
@@ -323,7 +314,9 @@ def full_pass(
         if name not in LABELLED:
             return gradient + part
         axis = plan.label_dim_of(name)
-        return jax.tree.map(lambda array, own: write(array, axis, own, start), gradient, part)
+        return jax.tree.map(
+            lambda array, own: dynamic_update_slice_in_dim(array, own, start, axis), gradient, part
+        )
 
     def empty(part: jax.Array, operand: jax.Array) -> jax.Array:
         return jnp.zeros(operand.shape, part.dtype)

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.lax import dynamic_slice_in_dim
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
 from jaxbce import _checks, _placement
 from jaxbce._head import arguments
-from jaxbce._head.chunks import Plan, chunk_logits, part_of
+from jaxbce._head.chunks import Plan, chunk_logits
 from jaxbce._head.mesh import MeshPlan, PlanOptions
 
 Candidates = tuple[jax.Array, jax.Array]  # logits of each row and their labels
@@ -137,8 +138,8 @@ def candidates(plan: Plan, wanted: Wanted, layer: Layer) -> Candidates:
     first_size = num_labels - whole * chunk_size
 
     def best_of(start: jax.Array | int, size: int) -> Candidates:
-        part = part_of(kernel, axis, start, size).astype(features.dtype)
-        added = [] if bias is None else [part_of(bias, 0, start, size)]
+        part = dynamic_slice_in_dim(kernel, start, size, axis).astype(features.dtype)
+        added = [] if bias is None else [dynamic_slice_in_dim(bias, start, size)]
         logits = chunk_logits(plan, features, part, added)
         id_of_start = first_label + start
         if wanted.num_labels is not None:

@@ -280,13 +280,14 @@ class ByLabel(NamedTuple):
 
     def read(self, start: jax.Array | int, size: int) -> Any:
         def part(array: jax.Array, axis: int, dtype: Any) -> jax.Array:
-            return rounding.with_bits(chunks.part_of(array, axis, start, size), dtype)
+            return rounding.with_bits(jax.lax.dynamic_slice_in_dim(array, start, size, axis), dtype)
 
         return jax.tree.map(part, self.arrays, self.axes, self.dtypes)
 
     def written(self, parts: Any, start: jax.Array | int) -> ByLabel:
         def one(array: jax.Array, axis: int, part: jax.Array) -> jax.Array:
-            return chunks.write(array, axis, rounding.with_bits(part, array.dtype), start)
+            part = rounding.with_bits(part, array.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(array, part, start, axis)
 
         return self._replace(arrays=jax.tree.map(one, self.arrays, self.axes, parts))
 

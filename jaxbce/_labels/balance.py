@@ -68,7 +68,11 @@ def balanced_pos_weight(
     name = "balanced_pos_weight"
     if max_weight is not None:
         (max_weight,) = _checks.jit_arguments(name, max_weight=max_weight)
-        _check_positive(name, "max_weight", max_weight)
+        _checks.number(name, "max_weight", max_weight)
+        # A traced one is not known. NaN is not greater than 0 either.
+        known = not isinstance(max_weight, jax.core.Tracer)
+        if known and not np.all(np.asarray(max_weight).astype(float) > 0):
+            raise ValueError(f"{name}: max_weight must be positive, got {max_weight}")
     count, negatives = _counts(name, labels, positives, num_labels, where, ignored)
     weight = negatives / jnp.maximum(count, 1)
     if max_weight is None:
@@ -208,10 +212,3 @@ def _kept_per_label(where: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array
     rows = tuple(range(len(shape) - 1))
     kept = _reduce.count_true(where, rows, dtype) * _reduce.repeats(where.shape, shape, rows, dtype)
     return jnp.broadcast_to(kept.reshape(-1), shape[-1:])
-
-
-def _check_positive(name: str, argument: str, value: Any) -> None:
-    """A real number; unless it is traced, it must be greater than 0, which NaN is not."""
-    _checks.number(name, argument, value)
-    if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(value).astype(float) > 0):
-        raise ValueError(f"{name}: {argument} must be positive, got {value}")

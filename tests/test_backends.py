@@ -44,7 +44,7 @@ def test_the_worst_is_below_what_was_derived(backend, label, order, bound):
     assert found.max() > 1.5  # an evaluation without errors would find less
 
 
-@pytest.mark.thorough
+@pytest.mark.newest
 @every_backend
 @pytest.mark.parametrize("gamma", [1.0, 2.0, 5.0], ids="gamma={}".format)
 @pytest.mark.parametrize("order", [0, 1], ids=["loss", "gradient"])
@@ -57,7 +57,7 @@ def test_focal_loss_of_a_whole_gamma(backend, gamma, order):
     assert backends.worst(backend, fn, order, expected, x, 0.0, rounds=1).max() < 48
 
 
-@pytest.mark.thorough
+@pytest.mark.newest
 @every_backend
 def test_asymmetric_loss_of_a_positive(backend):
     def fn(x, y):
@@ -119,7 +119,7 @@ def four_jaxprs(fn):
         fn = jax.grad(fn, (0, 1))
 
 
-@pytest.mark.thorough
+@pytest.mark.newest
 @pytest.mark.parametrize("name", [*WITHOUT_LOGARITHM, *WITH_LOGARITHM])
 def test_nothing_is_inexact_but_two_operations(name):
     """Some losses also take a logarithm, as accurate as the backend has one."""

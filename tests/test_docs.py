@@ -50,13 +50,13 @@ def run(block):
     return names
 
 
-@pytest.mark.thorough
+@pytest.mark.newest
 @pytest.mark.parametrize("block", cases("python"))
 def test_python_block_runs(block):
     run(block)
 
 
-@pytest.mark.thorough
+@pytest.mark.newest
 @pytest.mark.parametrize(("quoted", "found"), list(errors()))
 def test_an_error_message_of_the_faq_is_a_real_one(quoted, found):
     """The first block raises what the heading quotes, the others do not."""

@@ -15,7 +15,7 @@ import nbformat
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.thorough
+pytestmark = pytest.mark.newest
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 

@@ -157,7 +157,7 @@ def assert_within(bound, got, expected, slope, points, kink=0.0, fraction=False,
     assert error[worst] <= bound, f"{error[worst]:.3g} units at {points[worst]} {where}"
 
 
-@pytest.mark.thorough
+@pytest.mark.newest
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_within_units(case):
     """By logit up to 700; by other arguments up to 40, which needs fewer digits of mpmath."""

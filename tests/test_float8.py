@@ -324,6 +324,7 @@ TRAINED = {
 }
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("case", TRAINED, ids=", ".join)
 def test_what_rounding_costs(case):
     losses = losses_after_training(*case, seeds=range(2))

@@ -162,7 +162,7 @@ HARD = [(x, 0) for x in (-300, -100, -60, -17, -1, 0, 1, 17, 100, 300)]
 POINTS = [*HARD, (-100, 1), (17, 1), (60, 1), (300, 1), (-100, 0.25), (-5, 0.25), (40, 0.25)]
 
 
-@pytest.mark.thorough
+@pytest.mark.newest
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 1.5, 2.0, 5.0], ids="gamma={}".format)
 def test_every_derivative_up_to_the_third(gamma):
     """By logit and label in every order: finite and right wherever the true one is a float32."""
@@ -183,7 +183,7 @@ def test_every_derivative_up_to_the_third(gamma):
             np.testing.assert_allclose(got[fits], expected[fits], rtol=3e-5, atol=1e-18)
 
 
-@pytest.mark.thorough
+@pytest.mark.newest
 @pytest.mark.parametrize("gamma_neg", [0, 1, 2], ids="gamma_neg={}".format)
 def test_derivatives_of_a_negative_of_the_asymmetric_loss(gamma_neg):
     """To the third, in which m^gamma_neg has become a constant, then 0."""

@@ -147,7 +147,11 @@ def of_jaxbce(fn, **options):
 
 LOSSES = {
     "bce": of_jaxbce(jaxbce.bce_with_logits, label_smoothing=0.1),
-    **{name: loss.unreduced for name, loss in FIRST.items() if loss.own_kernel and not loss.probs},
+    **{
+        name: jaxbce.Loss(loss.unreduced)
+        for name, loss in FIRST.items()
+        if loss.own_kernel and not loss.probs
+    },
     "optax": optax.sigmoid_binary_cross_entropy,
     "optax focal": optax.sigmoid_focal_loss,
     "focus that is constant": of_jaxbce(jaxbce.asymmetric_loss, stop_focus_gradient=True),
@@ -161,6 +165,7 @@ LOSSES = {
 @pytest.mark.thorough
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_any_loss_is_that_of_the_logits(loss, rng):
+    unreduced = {"reduction": "none"} if isinstance(loss, jaxbce.Loss) else {}
     arguments = draw_head(rng, names=("bias", "weight", "positives"))
 
     def ours(arguments):
@@ -173,7 +178,7 @@ def test_any_loss_is_that_of_the_logits(loss, rng):
         given["kernel"] = jnp.concatenate([given["kernel"], arguments["bias"][None]])
         ones = jnp.ones_like(given["features"][:, :1])
         given["features"] = jnp.concatenate([given["features"], ones], axis=1)
-        return dense_head(given, formula=lambda x, y, _: loss(x, y))
+        return dense_head(given, formula=lambda x, y, _: loss(x, y, **unreduced))
 
     assert_close(value_and_gradients(ours, arguments), value_and_gradients(dense, arguments), 2e-6)
 

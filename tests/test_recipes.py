@@ -211,7 +211,7 @@ def _as_users_compute():
         yield
 
 
-@pytest.mark.thorough
+@pytest.mark.newest
 @pytest.mark.parametrize("heading", CASES)
 def test_recipe_is_the_formula_of_its_source(heading):
     name, formula, arguments, moving, options = CASES[heading]

@@ -45,7 +45,6 @@ CASES = [(loss, *SOME) for loss in LOSSES]
 CASES += [("bce", "one", "chunks", r) for r in ("mean", "weighted_mean", "none")]
 CASES += [("bce", "all", place, r) for place, r in zip(PLACES, ("sum", "none") * 2, strict=True)]
 CASES += [("own", "all", "labels on a mesh", "mean")]
-CASES += [(loss, "one", "chunks", "none") for loss in ("focal", "asymmetric")]
 
 
 def head_of(loss, place, reduction):

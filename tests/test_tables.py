@@ -35,7 +35,7 @@ def devices(place, mesh):
     return place | ({"mesh": mesh} if "label_axis" in place else {})
 
 
-@pytest.mark.thorough
+@pytest.mark.newest
 @every_place
 @pytest.mark.parametrize("reduction", ["weighted_mean", "none"])
 def test_the_loss_and_its_gradients(place, reduction, mesh, rng):
@@ -50,7 +50,7 @@ def test_the_loss_and_its_gradients(place, reduction, mesh, rng):
     assert_close(value_and_gradients(table, arguments, cotangent), expected, 2e-6)
 
 
-@pytest.mark.thorough
+@pytest.mark.newest
 @every_place
 def test_second_derivatives(place, mesh, rng):
     arguments = draw_head(rng, 8, 24, NAMES)
@@ -84,7 +84,7 @@ def test_the_top_labels(place, mesh, rng):
         np.testing.assert_allclose(own, other, rtol=1e-6)
 
 
-@pytest.mark.thorough
+@pytest.mark.newest
 @every_place
 def test_any_loss(place, mesh, rng):
     drawn = draw_head(rng, 8, 24, ("bias", "positives", "margin"))
@@ -100,7 +100,7 @@ def test_any_loss(place, mesh, rng):
     assert_close(got.T, jax.grad(total)(kernel), 2e-6)
 
 
-@pytest.mark.thorough
+@pytest.mark.newest
 @pytest.mark.parametrize(
     ("optimizer", "place"),
     [*((name, "chunks") for name in OPTIMIZERS), *(("adamw", place) for place in PLACES)],

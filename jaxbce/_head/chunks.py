@@ -314,15 +314,25 @@ def full_pass(
         if name not in LABELLED:
             return gradient + part
         axis = plan.label_dim_of(name)
-        return jax.tree.map(
-            lambda array, own: dynamic_update_slice_in_dim(array, own, start, axis), gradient, part
-        )
 
-    def empty(part: jax.Array, operand: jax.Array) -> jax.Array:
-        return jnp.zeros(operand.shape, part.dtype)
+        def written(array: jax.Array, own: jax.Array) -> jax.Array:
+            # With zeros added it is on the same mesh as `empty`, by its type.
+            return dynamic_update_slice_in_dim(array, own + jnp.zeros_like(own), start, axis)
+
+        return jax.tree.map(written, gradient, part)
+
+    def empty(name: str, part: Any) -> Any:
+        """Zeros for all labels, on the mesh of the zeros of one: a `jax.set_mesh` may be around."""
+        axis = plan.label_dim_of(name)
+
+        def zeros(part: jax.Array, operand: jax.Array) -> jax.Array:
+            of_one_label = jax.lax.slice_in_dim(jnp.zeros_like(part), 0, 1, axis=axis)
+            return jnp.broadcast_to(of_one_label, operand.shape)
+
+        return jax.tree.map(zeros, part, getattr(operands, name))
 
     gradients = {
-        name: put(name, jax.tree.map(empty, part, getattr(operands, name)), part, start)
+        name: put(name, empty(name, part), part, start) if name in LABELLED else part
         for name, part in parts.items()
     }
 

@@ -210,10 +210,14 @@ def moved(target: str, case: Case) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--target", choices=compilers.TARGETS, default="tpu")
+    parser.add_argument("--cases", nargs="+", help="of these alone, by name; all without it")
     parser.add_argument("--json", help="also write the rows to this file")
     args = parser.parse_args()
 
     found = cases(args.target)
+    if args.cases:
+        wanted = {*args.cases, *(found[name].beside for name in args.cases)}
+        found = {name: case for name, case in found.items() if name in wanted}
     sizes, rows = {}, []
     with ThreadPoolExecutor(2) as pool:
         measured = pool.map(functools.partial(moved, args.target), found.values())

@@ -190,8 +190,10 @@ def test_the_first_step_of_learning_to_reweight(reduction, rng):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("hidden_by", ["mask", "weight", "both"])
+@pytest.mark.parametrize(
+    ("hidden_by", "reduction"),
+    [("mask", "sum"), ("weight", "none"), ("both", "sum"), ("both", "none")],
+)
 def test_what_is_hidden_reaches_no_second_derivative(hidden_by, reduction, rng):
     """Labels that are NaN, and logits that are not finite, of the row and the label that hides."""
     arguments = draw(rng, "own", np.array([0.0, 1.5, 0.7]), masked=False)

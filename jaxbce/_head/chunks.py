@@ -316,13 +316,17 @@ def full_pass(
         axis = plan.label_dim_of(name)
 
         def written(array: jax.Array, own: jax.Array) -> jax.Array:
-            # With zeros added it is on the same mesh as `empty`, by its type.
+            # By its type the sum is on the mesh of `array`: see `empty`.
             return dynamic_update_slice_in_dim(array, own + jnp.zeros_like(own), start, axis)
 
         return jax.tree.map(written, gradient, part)
 
     def empty(name: str, part: Any) -> Any:
-        """Zeros for all labels, on the mesh of the zeros of one: a `jax.set_mesh` may be around."""
+        """Zeros for all labels, into which `part` can be written once zeros are added to it.
+
+        In a `jax.set_mesh` of explicit axes new arrays are on its mesh, by their types. Arrays made
+        before are not, and JAX writes nothing of one kind into the other.
+        """
         axis = plan.label_dim_of(name)
 
         def zeros(part: jax.Array, operand: jax.Array) -> jax.Array:

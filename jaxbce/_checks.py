@@ -21,6 +21,10 @@ def jit_arguments(name: str, /, **arguments: Any) -> list[Any]:
 def _jit_argument(name: str, argument: str, values: Any) -> Any:
     if not isinstance(values, jax.Array) and hasattr(values, "__jax_array__"):
         values = values.__jax_array__()  # for example of a flax.nnx.Param
+    if isinstance(values, int) and not -(2**31) <= values < 2**31:
+        if abs(values) > float(jnp.finfo(jnp.float32).max):
+            raise ValueError(f"{name}: {argument} must be below 3.4e38 in size, got {values:.0e}")
+        return float(values)  # JAX may have no integer as large
     if values is None or isinstance(values, (bool, int, float, complex)):
         return values
     if not isinstance(values, (jax.Array, np.ndarray, np.generic)):
@@ -37,9 +41,13 @@ def _jit_argument(name: str, argument: str, values: Any) -> Any:
             f"{values.dtype}; pass one of a float, integer or bool dtype"
         )
     if _is_narrowed(values):
-        # JAX would keep the lower 32 bits. Here a number that is too large becomes the largest.
+        # JAX would keep the lower 32 bits. Here an id that is too large becomes the largest one,
+        # which is no label either, and other numbers become floats.
         info = np.iinfo(jax.dtypes.canonicalize_dtype(values.dtype))
-        return np.clip(values, info.min, info.max).astype(info.dtype)
+        narrow = np.clip(values, info.min, info.max).astype(info.dtype)
+        if argument not in ("positives", "ignored") and np.any(narrow != values):
+            return values.astype(np.float32)
+        return narrow
     return values
 
 
@@ -251,7 +259,8 @@ def check_not_negative(
 
 def is_static(value: Any) -> TypeGuard[float]:
     """Whether `value` is one number whose value is at hand: not traced, not on a device."""
-    return isinstance(value, numbers.Real) or (isinstance(value, np.ndarray) and not value.ndim)
+    array = isinstance(value, np.ndarray) and not value.ndim and value.dtype.kind in "biufV"
+    return array or isinstance(value, numbers.Real)
 
 
 def fraction_or_none(name: str, argument: str, value: Any) -> Any:

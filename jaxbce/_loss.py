@@ -116,12 +116,12 @@ class Loss:
         **parameters: ArrayLike,
     ) -> jax.Array:
         """The loss of `logits` against `labels`: see `bce_with_logits`."""
-        parameters = {own: value for own, value in parameters.items() if value is not None}
         if unknown := parameters.keys() - set(self.parameters):
             raise TypeError(
                 f"Loss: {min(unknown)} is no option, got one of that name; this loss has "
                 f"{', '.join((*self.parameters, *Options._fields))}"
             )
+        parameters = {own: value for own, value in parameters.items() if value is not None}
         options = Options(weight, label_smoothing, where, axis, reduction)
         program = self.program("Loss", tuple(parameters), logits)
         return evaluate("Loss", self, logits, labels, options, parameters, program=program)

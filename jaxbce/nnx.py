@@ -352,7 +352,7 @@ def _rate(prior: ArrayLike | None, num_labels: int, dtype: DTypeLike) -> jax.Arr
     """The base rate of the labels, in the dtype in which its logit is computed."""
     if prior is None:
         return None
-    number = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    number = _math.accumulator(jax.ShapeDtypeStruct((), dtype))
     if isinstance(prior, nnx.Variable):
         prior = prior[...]
     if np.shape(prior) not in ((), (num_labels,)):

@@ -383,9 +383,19 @@ def test_a_wide_integer_does_not_become_a_small_one(shape, call, wide):
         assert not np.array_equal(got, call(np.full(shape, small)))
 
 
+@pytest.mark.parametrize("weight", [2**40, np.int64(2**40), np.full(4, 2**40)], ids=type)
+def test_a_wide_weight_is_that_number(weight):
+    assert jaxbce.bce_with_logits(X, X, weight=weight) == 2**40 * jaxbce.bce_with_logits(X, X)
+
+
+def test_an_integer_that_is_no_float():
+    with pytest.raises(ValueError, match="bce_with_logits: weight must be below 3.4e38 in size"):
+        jaxbce.bce_with_logits(X, X, weight=10**400)
+
+
 @every_narrowed
 def test_checked_names_the_wide_integer(shape, call):
-    with pytest.raises(ValueError, match=r"must be .*, got 214748364[78]"):
+    with pytest.raises(ValueError, match=r"must be .*, got (214748364[78]|4294967296)"):
         jaxbce.checked(lambda: call(np.full(shape, 2**32 + 1)))()
 
 
@@ -424,6 +434,16 @@ def test_a_known_number_of_numpy_is_that_number(dtype):
     """Also of a dtype in which the largest float32 is infinite."""
     for number in (np.dtype(dtype).type(2), np.array(2, dtype)):
         assert jaxbce.focal_loss(X, X, gamma=number) == jaxbce.focal_loss(X, X, gamma=2.0)
+
+
+@pytest.mark.parametrize("value", [np.array(2j), np.array("2")], ids=["complex", "text"])
+def test_an_option_is_a_real_number(value):
+    with pytest.raises(TypeError, match="asymmetric_loss: clip must be a Python number, known"):
+        jaxbce.asymmetric_loss(X, X, clip=value)
+    with pytest.raises(
+        TypeError, match=r"bce_with_logits: label_smoothing must be .*(real part|<U)"
+    ):
+        jaxbce.bce_with_logits(X, X, label_smoothing=value)
 
 
 @pytest.mark.parametrize(

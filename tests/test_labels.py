@@ -208,6 +208,11 @@ def test_positives_from_a_matrix_of_scipy(container, kind, rng):
     np.testing.assert_array_equal(got, jaxbce.positives_from_multi_hot(labels, 12))
 
 
+def test_a_sparse_matrix_may_hold_an_entry_twice():
+    rows = scipy.sparse.csr_matrix((np.ones(3), [0, 0, 0], [0, 3]), shape=(1, 2))
+    np.testing.assert_array_equal(jaxbce.positives_from_rows(rows), [[0, 0, 0]])
+
+
 def test_what_the_mask_of_a_row_hides_is_left_out():
     rows = np.ma.array([[1, 2], [3, 4]], mask=[[False, True], [False, False]])
     np.testing.assert_array_equal(jaxbce.positives_from_rows(rows), [[1, -1], [3, 4]])

@@ -607,6 +607,11 @@ def test_top_k_out_of_range(k):
         jaxbce.linear_top_k(jnp.ones(3), jnp.ones((3, LABELS)), k=k)
 
 
+def test_top_k_of_what_is_no_kernel():
+    with pytest.raises(ValueError, match="linear_top_k: kernel must have shape"):
+        jaxbce.linear_top_k(jnp.ones(3), jnp.ones(3), k=5)
+
+
 # --- pairs of embeddings -------------------------------------------------------------------------
 
 

@@ -153,6 +153,13 @@ def test_a_known_prior_is_checked_where_the_head_is_traced(prior, where):
         where(lambda: make(prior=prior))()
 
 
+@pytest.mark.parametrize("dtype", ["float64", np.float64], ids=["name", "type"])
+def test_the_prior_of_a_bias_in_float64(dtype):
+    with jax.enable_x64(True):
+        bias = make(prior=0.1, param_dtype=dtype).bias[...]
+    np.testing.assert_allclose(bias, np.full(LABELS, np.log(0.1 / 0.9)), rtol=1e-15)
+
+
 def test_a_traced_prior_is_not_checked():
     bias = nnx.jit(lambda rate: make(prior=rate).bias[...])(jnp.float32(1.0))
     assert np.isinf(bias).all()

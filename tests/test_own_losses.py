@@ -379,6 +379,11 @@ BAD = {
         TypeError,
         "tau is no option.*log_prior, weight, label_smoothing",
     ),
+    "unknown, None": (
+        lambda: ADJUSTED(X, X, log_prior=1.0, tau=None),
+        TypeError,
+        "tau is no option",
+    ),
     "shape": (
         lambda: ADJUSTED(X, X, log_prior=np.ones(2, np.float32)),
         ValueError,

@@ -667,6 +667,16 @@ def test_an_optimizer_is_welcome_on_explicit_axes_too(optimizer, placed, rng):
         jax.eval_shape(step, params)
 
 
+def test_updates_of_another_dtype_under_strict_promotion(rng):
+    def update(slopes, state, params):
+        return jax.tree.map(lambda slope: (-0.1 * slope).astype(jnp.bfloat16), slopes), state
+
+    optimizer = optax.GradientTransformation(lambda _: (), update)
+    arguments = draw_head(rng, names=NAMES)
+    got, expected = inside(optimizer, arguments, 1), inside(optax.sgd(0.1), arguments, 1)
+    assert_close(got.params, expected.params, 1e-2)
+
+
 def test_what_is_refused_is_named(rng):
     with pytest.raises(ValueError, match="its update uses cumsum on arrays of labels"):
         read(MIXING["running sums"], rng)

@@ -98,10 +98,10 @@ def step(optimizer: Any, gradients: Any, params: Any, state: Any) -> tuple[Any, 
     with jax.numpy_dtype_promotion("standard"):  # a user's own setting may refuse what optax does
         updates, state = optimizer.update(gradients, state, params)
 
-    def moved(update: jax.Array | None, old: jax.Array) -> jax.Array:
-        return old if update is None else old + update  # as optax.apply_updates
+        def moved(update: jax.Array | None, old: jax.Array) -> jax.Array:
+            return old if update is None else old + update  # as optax.apply_updates
 
-    return jax.tree.map(moved, updates, params, is_leaf=lambda leaf: leaf is None), state
+        return jax.tree.map(moved, updates, params, is_leaf=lambda leaf: leaf is None), state
 
 
 def _read(name: str, optimizer: Any, params: Any, state: Any) -> tuple[_program.Equation, ...]:

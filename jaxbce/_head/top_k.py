@@ -93,7 +93,7 @@ def linear_top_k(
     arrays = _checks.jit_arguments(name, features=features, kernel=kernel, bias=bias)
     shape = getattr(arrays[1], "shape", None) or (None,)
     num_labels = shape[0 if transpose_kernel else -1]
-    known = isinstance(num_labels, int)
+    known = len(shape) == 2 and isinstance(num_labels, int)
     _checks.check_size(name, "k", k, num_labels - arguments.padding.value if known else None)
     return _top_k(*arrays, name=name, k=k, options=options)
 

@@ -284,7 +284,7 @@ def smoothing(name: str, value: Any, dtype: Any) -> jax.Array | None:
 def static_number(
     name: str, argument: str, value: Any, valid: str, low: float, high: float
 ) -> float:
-    """A number that must be known before tracing, with low <= number < high; `valid` says so."""
+    """A number that must be known before tracing, with low <= number <= high; `valid` says so."""
     if value is None:
         raise TypeError(f"{name}: {argument} must be a number, got None; pass 0.0 for none of it")
     if np.ndim(value):
@@ -300,7 +300,7 @@ def static_number(
         )
     # A Python number, which has no largest one. What is beyond float32 would become infinite.
     value = np.asarray(value).item()
-    if not low <= value < min(high, float(jnp.finfo(jnp.float32).max)):
+    if not low <= value <= min(high, float(jnp.finfo(jnp.float32).max)):
         raise ValueError(f"{name}: {argument} must be {valid}, got {value}")
     return float(value)
 

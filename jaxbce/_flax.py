@@ -24,11 +24,8 @@ def created(
     if AxisType.Auto not in mesh.axis_types:  # under `jax.jit` the type then says it
         made = jax.sharding.reshard(made, sharding)
 
-    def placed() -> jax.Array:
-        return made
-
     eager = _flax_places(made, mesh)
-    return nnx.Param(nnx.with_partitioning(placed, names, mesh, eager_sharding=eager)())
+    return nnx.Param(nnx.with_partitioning(lambda: made, names, mesh, eager_sharding=eager)())
 
 
 def _flax_places(made: jax.Array, mesh: Mesh) -> bool:

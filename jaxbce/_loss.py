@@ -249,36 +249,35 @@ def evaluate(
         where=where,
         **given,
     )
-    return evaluate_arrays(
-        *arrays,
-        name=name,
-        loss=loss,
-        given=tuple(given),
-        reduction=reduction,
-        axes=axes,
-        score_name=score_name,
-        bound=bound,
-        sparse=sparse,
-        program=program,
-    )
+    names = tuple(given)
+    call = Call(name, loss, names, reduction, axes, score_name, bound, sparse, program)
+    return evaluate_arrays(*arrays, call=call)
 
 
-def result_spec(
-    scores: Any,
-    labels: Any,
-    *others: Any,
-    name: str,
-    score_name: str,
-    reduction: Reduction,
-    axes: Any,
-    sparse: bool,
-    **_: Any,
-) -> PartitionSpec:
+class Call(NamedTuple):
+    """What a compiled loss depends on, beside its arrays.
+
+    `program` is empty for a built-in loss. Of a user's it is what the function does now. It is here
+    only to be static: a function whose captured numbers have changed is compiled anew.
+    """
+
+    name: str
+    loss: Loss
+    given: tuple[str, ...]  # the parameters that have arrays
+    reduction: Reduction
+    axes: tuple[int, ...] | None
+    score_name: str
+    bound: Callable[..., jax.Array]
+    sparse: bool  # the labels are ids
+    program: tuple[_program.Equation, ...]
+
+
+def result_spec(scores: Any, labels: Any, *others: Any, call: Call) -> PartitionSpec:
     # The last axis of ids is not one of labels.
-    spec = _placement.common_spec(scores, None if sparse else labels, *others)
-    if reduction == "none":
+    spec = _placement.common_spec(scores, None if call.sparse else labels, *others)
+    if call.reduction == "none":
         return spec
-    reduced = _checks.axes_of(name, axes, score_name, len(spec))
+    reduced = _checks.axes_of(call.name, call.axes, call.score_name, len(spec))
     return PartitionSpec(*(names for axis, names in enumerate(spec) if axis not in reduced))
 
 
@@ -290,21 +289,10 @@ def evaluate_arrays(
     label_smoothing: Any,
     where: Any,
     *parameters: Any,
-    name: str,
-    loss: Loss,
-    given: tuple[str, ...],
-    reduction: Reduction,
-    axes: tuple[int, ...] | None,
-    score_name: str,
-    bound: Callable[..., jax.Array],
-    sparse: bool,
-    program: tuple[_program.Equation, ...],
+    call: Call,
 ) -> jax.Array:
-    """Checks, prepares, maps and reduces: the whole of a loss, compiled for each shape and option.
-
-    `program` is empty for a built-in loss. Of a user's it is what the function does now. It is here
-    only to be static: a function whose captured numbers have changed is compiled anew.
-    """
+    """Checks, prepares, maps and reduces: a whole loss, compiled for each shape and `call`."""
+    name, loss, given, reduction, axes, score_name, bound, sparse, program = call
     x = _checks.floating(name, score_name, scores, None if sparse else labels)
     dtype, shape = _math.accumulator(x), x.shape
     x = x.astype(dtype)
@@ -314,11 +302,11 @@ def evaluate_arrays(
     def broadcast(argument: str, values: Any) -> jax.Array:
         return _checks.broadcast(name, argument, values, score_name, shape).astype(dtype)
 
-    own_weight = None
+    unbroadcast_weight = None
     if weight is not None:
-        own_weight = _checks.real(name, "weight", weight).astype(dtype)
-        weight = broadcast("weight", own_weight)
-        own_weight = jnp.expand_dims(own_weight, range(x.ndim - own_weight.ndim))
+        own = _checks.real(name, "weight", weight).astype(dtype)
+        weight = broadcast("weight", own)
+        unbroadcast_weight = jnp.expand_dims(own, range(x.ndim - own.ndim))
     extras = [broadcast(*pair) for pair in zip(given, parameters, strict=True)]
     counted = _reduce.counted(weight, where)
     if sparse:
@@ -354,4 +342,4 @@ def evaluate_arrays(
         values = mapped(x, y, *extras).astype(dtype)
     if weight is not None:
         values = values * weight
-    return _reduce.reduce_loss(values, own_weight, keep, where, reduction, axes)
+    return _reduce.reduce_loss(values, unbroadcast_weight, keep, where, reduction, axes)

@@ -144,5 +144,4 @@ def vary_together(arrays: Arrays) -> Arrays:
     zero = jnp.float32(0)
     for array in jax.tree.leaves(jax.lax.stop_gradient(arrays)):
         zero += jnp.sum(jnp.ravel(array)[:0].astype(jnp.float32))
-    together: Arrays = jax.tree.map(lambda array: array + zero.astype(array.dtype), arrays)
-    return together
+    return jax.tree.map(lambda array: array + zero.astype(array.dtype), arrays)

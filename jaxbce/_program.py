@@ -188,6 +188,10 @@ def _treats_apart(one: Equation, two: Equation) -> bool:
     The axes whose size differs between the two are those of the labels.
     """
 
+    # These compute nothing. The operations of a call are equations of their own.
+    if one.primitive in ("call", "inputs", "outputs"):
+        return True
+
     def labelled(shapes: Any, others: Any) -> list[tuple[Any, list[int]]]:
         """Each shape, and the axes whose size depends on the number of labels."""
         return [
@@ -197,28 +201,20 @@ def _treats_apart(one: Equation, two: Equation) -> bool:
 
     operands = [pair for pair in labelled(one.operands, two.operands) if pair[1]]
     results = labelled(one.results, two.results)
-    # These are no operations: what a call runs is read by itself.
-    if one.primitive in ("call", "inputs", "outputs"):
-        return True
     if not any(axes for _, axes in results + operands):
         return True
     if not operands:
         return one.primitive == "broadcast_in_dim"
     return bool(results) and all(
-        len(axes) == len(new_axes) == 1 and _keeps(one, axes[0], shape, new_axes[0], new_shape)
-        for shape, axes in operands
-        for new_shape, new_axes in results
+        len(operand[1]) == len(result[1]) == 1 and _keeps(one, operand, result)
+        for operand in operands
+        for result in results
     )
 
 
-def _keeps(
-    equation: Equation,
-    axis: int,
-    shape: tuple[int, ...],
-    new_axis: int,
-    new_shape: tuple[int, ...],
-) -> bool:
-    """Whether place i on an axis of an operand becomes place i on that of the result."""
+def _keeps(equation: Equation, operand: Any, result: Any) -> bool:
+    """Whether place i on the axis of labels of an operand becomes place i on that of the result."""
+    (shape, [axis]), (new_shape, [new_axis]) = operand, result
     if equation.primitive in ELEMENTWISE.split():
         return axis == new_axis
     if equation.primitive in DROPPING.split():

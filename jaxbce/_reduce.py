@@ -1,4 +1,9 @@
-"""Weight, where and reduction: the one place where a divisor is defined, the head's too."""
+"""Weight, where and reduction: the one place where a divisor is defined, the head's too.
+
+An element, or a row of the head, is *kept* where no mask leaves it out. It is *counted* where its
+weight is not 0 either. It is *annihilated* where its weight is 0 and its loss or a slope may not be
+finite. It *enters* the loss where it is kept and not annihilated.
+"""
 
 import math
 from typing import Any, Literal

@@ -314,8 +314,7 @@ class MultiLabelHead(nnx.Module):
 
     def _padding(self) -> int:
         """How many labels the kernel holds beside its own, so that the devices divide them."""
-        held: int = self.kernel.shape[0 if self.transpose_kernel else 1]
-        return held - self.num_labels
+        return self.kernel.shape[0 if self.transpose_kernel else 1] - self.num_labels
 
     def _call(self, function: Callable[..., R], *operands: Any, **arguments: Any) -> R:
         """A function of the head, told of chunks, devices and padding, which it leaves out."""

@@ -218,14 +218,14 @@ def linear_loss(
     return _evaluate(given, name=name, reduction=reduction, loss=chunk_loss, options=options)
 
 
-def _by_row(given: Given, *, reduction: Reduction, **_: Any) -> PartitionSpec:
-    """The loss of each row is sharded as the features are."""
+def _loss_spec(given: Given, *, reduction: Reduction, **_: Any) -> PartitionSpec:
+    """One loss per row is sharded as the rows of the features are. A scalar is on every device."""
     if reduction != "none":
         return PartitionSpec()
     return PartitionSpec(*_placement.common_spec(given.features)[:-1])
 
 
-@_placement.compiled(result=_by_row)
+@_placement.compiled(result=_loss_spec)
 def _evaluate(
     given: Given,
     *,

@@ -15,8 +15,9 @@ from jaxbce._labels.ids import checked_ids
 from jaxbce._loss import Loss
 from jaxbce._reduce import Reduction
 
-# How many labels at the end of a kernel are padding, for which no argument has entries. The context
-# is in the cache key of `jax.jit`.
+# So many labels at the end of a kernel only fill up the devices of a mesh. The user's arrays have
+# no entries for them, and no result counts them. `MultiLabelHead` alone sets it. It is a context
+# because it is no argument of the public functions. JAX keeps it in the key of `jax.jit`.
 padding = jax.make_user_context(default_value=0)
 
 

@@ -3,7 +3,7 @@
 An elementwise loss has no normaliser across labels, so one pass over chunks of labels yields the
 loss and, in the same pass, every gradient. With Z the logits of a chunk and G = row_factor ·
 ∂loss/∂Z, both [batch, chunk], the products are Z = features @ kernel, ∂features += G @ kernelᵀ and
-∂kernel = featuresᵀ @ G. Nothing of the size [batch, labels] exists.
+∂kernel = featuresᵀ @ G. No logits of the size [batch, labels] exist.
 
 A kernel is [width, labels], or the table [labels, width]. A table is multiplied as it lies.
 """
@@ -22,7 +22,8 @@ from jaxbce._head.loss import ChunkLoss
 from jaxbce._labels.ids import ones_at
 from jaxbce._loss import is_defined, size_bound, smoothed
 
-Gradients = dict[str, Any]  # of every float operand that is given, whatever is wanted
+# One for each name in `differentiable`. The rules of the derivatives add that of `row_factor`.
+Gradients = dict[str, Any]
 
 
 class Operands(NamedTuple):
@@ -171,10 +172,9 @@ def sum_of_rows(values: jax.Array, rounded: jax.Array) -> jax.Array:
     def of_rounded(values: jax.Array, rounded: jax.Array) -> jax.Array:
         return jnp.sum(rounded.astype(values.dtype), axis=0)
 
-    total: jax.Array = jax.lax.platform_dependent(
+    return jax.lax.platform_dependent(
         values, rounded, cuda=of_rounded, rocm=of_rounded, default=exact
     )
-    return total
 
 
 def chunk_pass(
@@ -217,10 +217,9 @@ def chunk_pass(
     else:
         labels = ones_at(operands.positives, size, jnp.uint8, id_of_start)
     elements = {"logits": logits, "labels": labels.astype(logits.dtype)}
-    # Inside `jax.shard_map` the type of an array says over which axes of the mesh it varies. What
-    # belongs to a label does not vary over the axis of the rows, so JAX would sum its gradient over
-    # that axis, and `plan.total` would sum it once more. Added to these zeros it varies as the
-    # logits do, and JAX does not.
+    # For `jax.shard_map`. What belongs to a label does not vary over the axis of the rows, by its
+    # type. So JAX would sum its gradient over that axis, which `plan.total` does already. Added to
+    # these zeros it varies as the logits do, and JAX leaves the sum to `plan.total`.
     zeros = jnp.zeros_like(logits)
     if operands.per_label:
         elements["per_label"] = tuple(zeros + array[None] for array in part("per_label"))
@@ -266,8 +265,8 @@ def chunk_pass(
     if not with_gradients:
         return by_row, {}
 
-    # Rows whose factor is 0 are not skipped. The gradients are linear in the factor. A comparison
-    # would break that, and a second derivative needs the term where the factor is 0.
+    # A factor of 0 is multiplied like any other. To skip such a row would lose the second
+    # derivative by its factor.
     (by_element,) = pullback(zeros + operands.row_factor[:, None])
     # Written to memory once. XLA on a TPU would write the float32 logits, and compute it twice.
     by_logit = jax.lax.optimization_barrier(by_element["logits"].astype(kernel.dtype))
@@ -302,6 +301,7 @@ def full_pass(
             parts[name] = parts[name].astype(gradient_dtype(getattr(operands, name)))
         return by_row, parts
 
+    # A symbolic number of labels is one chunk, and cannot be divided.
     whole = 0 if num_labels == chunk_size else max(num_labels - 1, 0) // chunk_size
     start = whole * chunk_size
     # The last chunk, which may be smaller, comes first: the sums of the loop start from its own.
@@ -371,8 +371,7 @@ def scaled_sum(by_row: jax.Array, operands: Operands) -> jax.Array:
 
 def empty_operands(operands: Operands) -> Operands:
     """Residuals that tell the dtypes of the operands and keep none of them."""
-    empty: Operands = jax.tree.map(lambda operand: jnp.zeros(0, operand.dtype), operands)
-    return empty
+    return jax.tree.map(lambda operand: jnp.zeros(0, operand.dtype), operands)
 
 
 def cotangents(gradients: Gradients, operands: Operands) -> tuple[Operands]:

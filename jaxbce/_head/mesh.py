@@ -53,8 +53,7 @@ class MeshPlan(Plan):
     def first_label(self, kernel: jax.Array) -> jax.Array | int:
         if self.label_axis is None:
             return 0
-        first: jax.Array = jax.lax.axis_index(self.label_axis) * self.num_labels(kernel)
-        return first
+        return jax.lax.axis_index(self.label_axis) * self.num_labels(kernel)
 
     def total(self, name: str, part: Any) -> Any:
         """Summed over the axes of the mesh that split the work but not the result."""
@@ -68,12 +67,11 @@ class MeshPlan(Plan):
     ) -> tuple[jax.Array, chunks.Gradients]:
         specs = self.specs()
         names = chunks.differentiable(operands) if with_gradients else ()
-        result: tuple[jax.Array, chunks.Gradients] = self.shard(
+        return self.shard(
             lambda operands: self.local(operands, with_gradients),
             (self.operand_specs(operands),),
             (specs["row_factor"], {name: specs[name] for name in names}),
         )(operands)
-        return result
 
     def spec_of_labels(self, array: jax.Array, axis: int) -> PartitionSpec:
         """Of an array with a part for each label, which `axis` counts."""
@@ -149,7 +147,7 @@ class PlanOptions:
         labels: int,
         *,
         loss: Any = None,
-        kind: type[MeshPlan] | None = None,
+        kind: type[MeshPlan] = MeshPlan,
     ) -> Plan:
         """How to run over so many rows and labels; on several devices as a `kind` of plan."""
         own_rows, batch_axis = self._share(name, *self.axes[0], rows)
@@ -174,7 +172,7 @@ class PlanOptions:
             )
         kinds = (AxisType.Auto,) * len(self.mesh.axis_names)
         mesh = Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=kinds)
-        return (kind or MeshPlan)(chunk_size, loss, self.transposed, mesh, batch_axis, label_axis)
+        return kind(chunk_size, loss, self.transposed, mesh, batch_axis, label_axis)
 
     def _share(self, name: str, argument: str, axis: Axis, size: int) -> tuple[int, Axis]:
         """What one device has of `size`, and the axes that share it, of more than one device."""

@@ -34,7 +34,10 @@ def label_dims(params: dict[str, Any], transposed: bool) -> dict[str, int]:
 
 
 def layout_of(name: str, optimizer: Any, params: Any, opt_state: Any, transposed: bool) -> Layout:
-    """How the state is cut by label, and what the optimizer does to it."""
+    """Checks an optimizer and its state, and finds the axis of labels of each leaf of the state.
+
+    It is the axis that grows where `optimizer.init` is traced with one label more.
+    """
     if not isinstance(params, dict) or not {"kernel"} <= params.keys() <= {"kernel", "bias"}:
         raise TypeError(
             f'{name}: params must be a dict of "kernel" and, if there is one, "bias", got '

@@ -186,8 +186,7 @@ def best_of_devices_impl(plan: MeshPlan, wanted: Wanted, layer: Layer) -> Candid
     # as different on every device, and could not leave a `jax.shard_map` as one array.
     by_row = (PartitionSpec(plan.batch_axis, None),) * 2
     merged = plan.shard(lambda values, ids: best(values, ids, wanted.k), by_row, by_row)
-    result: Candidates = merged(*shared(layer))
-    return result
+    return merged(*shared(layer))
 
 
 def best_of_devices_fwd(plan: MeshPlan, wanted: Wanted, layer: Layer) -> tuple[Candidates, Any]:

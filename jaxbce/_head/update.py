@@ -239,19 +239,19 @@ def _update(
         dtypes=jax.tree.map(lambda array: array.dtype, (params, state)),
     )
 
-    def by_values(operands: chunks.Operands, arrays: Any, others: Any, key: Any) -> Any:
+    def on_values(operands: chunks.Operands, arrays: Any, others: Any, key: Any) -> Any:
         return update_pass(plan, new_parts, operands, by_label._replace(arrays=arrays), others, key)
 
-    def by_bits(operands: chunks.Operands, arrays: Any, others: Any, key: Any) -> Any:
-        *sums, arrays, others = by_values(
+    def on_bits(operands: chunks.Operands, arrays: Any, others: Any, key: Any) -> Any:
+        *sums, arrays, others = on_values(
             operands, jax.tree.map(rounding.as_bits, arrays), others, key
         )
         return *sums, jax.tree.map(rounding.with_bits, arrays, by_label.dtypes), others
 
-    local = by_values
+    local = on_values
     if any(rounding.is_float_below(array, 16) for array in params.values()):
         # XLA on a CPU would convert all of the kernel to float16 and back for each chunk.
-        local = functools.partial(jax.lax.platform_dependent, cpu=by_bits, default=by_values)
+        local = functools.partial(jax.lax.platform_dependent, cpu=on_bits, default=on_values)
     if isinstance(plan, MeshPlan):
         specs = plan.specs()
         placed = jax.tree.map(plan.spec_of_labels, by_label.arrays, by_label.axes)
@@ -276,7 +276,9 @@ class ByLabel(NamedTuple):
 
     arrays: Any
     axes: Any
-    dtypes: Any  # of what is read; the arrays may hold its bits
+    dtypes: (
+        Any  # of parameters and state; on a CPU `arrays` may hold float8 as uint8, see `_update`
+    )
 
     def read(self, start: jax.Array | int, size: int) -> Any:
         def part(array: jax.Array, axis: int, dtype: Any) -> jax.Array:
@@ -315,16 +317,15 @@ def update_pass(
     from the result. The array as it was has no later reader, so XLA writes in place. If a turn read
     and wrote the same chunk, XLA would copy the whole array.
 
-    All chunks have the same size, unlike those of `full_pass`: an optimizer is proven for two
-    sizes, that of a chunk and that of all labels. So the last chunk should start at `first`, but
-    starts before, at `start`, among labels that are done. `due` tells which are not.
+    All chunks have one size, unlike those of `full_pass`, because the optimizer is proven for that
+    size and for all labels. Where the size does not divide the labels, the last chunk overlaps the
+    one before it. The labels that both have are neither counted nor updated again.
     """
     chunk_size, num_labels = plan.chunk_size, plan.num_labels(operands.kernel)
     first_label = plan.first_label(operands.kernel)
 
     def one_chunk(by_label: ByLabel, first: jax.Array | int) -> tuple[Any, ...]:
         """Of the labels from `first` on: the loss of each row, the gradients, what they become."""
-        # The last chunk is as large as the others and starts among labels that are done.
         start = jnp.minimum(first, num_labels - chunk_size)
         due = None
         if num_labels % chunk_size:

@@ -124,10 +124,9 @@ def ones_at(
 
         return _math.over(row, ids.ndim - 1)(local)
 
-    ones: jax.Array = jax.lax.platform_dependent(
+    return jax.lax.platform_dependent(
         ids, jnp.asarray(first, ids.dtype), cpu=scattered, default=compared
     )
-    return ones
 
 
 def labels_of(

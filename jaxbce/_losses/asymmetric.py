@@ -105,11 +105,12 @@ def asymmetric(
     gamma_neg: float, gamma_pos: float, clip: float, stop_focus_gradient: bool
 ) -> _math.ScalarFn:
     def loss(x: jax.Array, y: jax.Array) -> jax.Array:
-        focus, focus_neg = sigmoid_power(gamma_pos)(-x), sigmoid_power(gamma_neg)(x)
-        cross_entropy_neg = _math.softplus(x)
+        focus = sigmoid_power(gamma_pos)(-x)
         if clip:
             focus_neg = clipped_power(gamma_neg, clip)(x)
             cross_entropy_neg = clipped_softplus(clip)(x)
+        else:
+            focus_neg, cross_entropy_neg = sigmoid_power(gamma_neg)(x), _math.softplus(x)
         if stop_focus_gradient:
             focus, focus_neg = lax.stop_gradient((focus, focus_neg))
         positive = multiply_saturated(focus, _math.softplus(-x))
@@ -194,7 +195,7 @@ def asymmetric_loss(
         _checks.static_number(name, argument, value, "finite and at least 0", 0, math.inf)
         for argument, value in (("gamma_neg", gamma_neg), ("gamma_pos", gamma_pos))
     ]
-    clip = _checks.static_number(name, "clip", clip, "in [0, 1)", 0, 1)
+    clip = _checks.static_number(name, "clip", clip, "in [0, 1)", 0, math.nextafter(1, 0))
     loss = bce.BCE
     if clip or any(gammas):
         loss = Loss(asymmetric(*gammas, clip, bool(stop_focus_gradient)))

@@ -34,8 +34,8 @@ FACTORS: dict[str, _math.ScalarFn] = {
     "x": lambda x, y: x,
     "1": lambda x, y: jnp.ones_like(x),
 }
-# BY_X[f] = (j, h) is ∂f/∂x = (p q)^j h, and MINUS_BY_Y[f] = h is ∂f/∂y = -h. What is in no table
-# has the derivative 0.
+# How a factor differentiates: BY_X["s"] = (1, "1") reads ∂s/∂x = (p q)^1 · 1, and MINUS_BY_Y["c"] =
+# "x" reads ∂c/∂y = -x. A factor that a table lacks has the derivative 0.
 BY_X = {"c": (0, "s"), "s": (1, "1"), "x": (0, "1")}
 MINUS_BY_Y = {"c": "x", "s": "1"}
 
@@ -68,7 +68,10 @@ log_m = _math.with_jvp(log_m_value, log_m_partials)
 
 @functools.cache
 def focal_term(k: float, j: int, f: str) -> _math.ScalarFn:
-    """m^(k + g) (p q)^j f of x, y and g; a g of None is 0."""
+    """The function of x, y and g that is m^(k + g) (p q)^j f.
+
+    `k` and `j` are compiled in. `g` is that part of the exponent which is an array, or None.
+    """
 
     def value(x: jax.Array, y: jax.Array, g: jax.Array | None) -> jax.Array:
         m, pq = m_value(x, y), _math.sigmoid_slope_value(x)
@@ -122,9 +125,9 @@ def focal_term(k: float, j: int, f: str) -> _math.ScalarFn:
 
 
 @functools.cache
-def focal(gamma: float | None) -> _math.ScalarFn:
-    """The loss of x, y, alpha and gamma: a constant here, or an array of the call."""
-    power = focal_term(gamma or 0, 0, "c")
+def focal(static_gamma: float | None) -> _math.ScalarFn:
+    """The loss of x, y, alpha and gamma, of which one known while tracing is `static_gamma`."""
+    power = focal_term(static_gamma or 0, 0, "c")
 
     def loss(
         x: jax.Array, y: jax.Array, alpha: jax.Array | None = None, gamma: jax.Array | None = None
@@ -155,7 +158,7 @@ def evaluate_focal(
 ) -> jax.Array:
     """A gamma known while tracing is a constant of the loss, and None among its parameters."""
     if alpha is not None and _checks.is_static(alpha):
-        alpha = _checks.static_number(name, "alpha", alpha, "in [0, 1]", 0, math.nextafter(1, 2))
+        alpha = _checks.static_number(name, "alpha", alpha, "in [0, 1]", 0, 1)
     exponent = None
     if gamma is None or _checks.is_static(gamma):
         valid = "finite and at least 0"

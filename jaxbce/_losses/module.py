@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -66,9 +65,8 @@ class BCEWithLogitsLoss:
     def __post_init__(self) -> None:
         name = type(self).__name__
         _checks.check_choice(name, "reduction", self.reduction, Reduction)
-        above = math.nextafter(1, 2)
         smoothing = _checks.static_number(
-            name, "label_smoothing", self.label_smoothing, "in [0, 1]", 0, above
+            name, "label_smoothing", self.label_smoothing, "in [0, 1]", 0, 1
         )
         arrays = _checks.jit_arguments(name, weight=self.weight, pos_weight=self.pos_weight)
         weight, pos_weight = map(_constant, arrays)

@@ -29,7 +29,7 @@ def clamped_log1m(p: jax.Array) -> jax.Array:
 
 
 def inverse_spread_value(p: jax.Array) -> jax.Array:
-    return _math.quotient(jnp.ones_like(p), jnp.maximum(p * (1 - p), 1e-12))
+    return _math.reciprocal_value(jnp.maximum(p * (1 - p), 1e-12))
 
 
 def inverse_spread_partials(p: jax.Array) -> tuple[jax.Array]:
@@ -40,10 +40,6 @@ def inverse_spread_partials(p: jax.Array) -> tuple[jax.Array]:
 inverse_spread = _math.with_jvp(inverse_spread_value, inverse_spread_partials)
 
 
-def bce_slope_value(p: jax.Array, y: jax.Array) -> jax.Array:
-    return (p - y) * inverse_spread(p)
-
-
 def bce_slope_partials(p: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     # The product rule would subtract two large numbers where p is near a hard label.
     inside = p * (1 - p) > 1e-12
@@ -52,25 +48,20 @@ def bce_slope_partials(p: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array
     return jnp.where(inside, curvature, 1e12), -inverse_spread(p)
 
 
-bce_slope = _math.with_jvp(bce_slope_value, bce_slope_partials)
+bce_slope = _math.with_jvp(lambda p, y: (p - y) * inverse_spread(p), bce_slope_partials)
 
 
-def log_odds_value(p: jax.Array) -> jax.Array:
-    return clamped_log(p) - clamped_log1m(p)
-
-
-log_odds = _math.with_jvp(log_odds_value, lambda p: (inverse_spread(p),))
+log_odds = _math.with_jvp(
+    lambda p: clamped_log(p) - clamped_log1m(p), lambda p: (inverse_spread(p),)
+)
 
 
 def value(p: jax.Array, y: jax.Array) -> jax.Array:
     return -(y * clamped_log(p) + (1 - y) * clamped_log1m(p))
 
 
-def partials(p: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return bce_slope(p, y), -log_odds(p)
-
-
-OF_PROBABILITIES = Loss(_math.rematerialised(_math.with_jvp(value, partials)))
+differentiable = _math.with_jvp(value, lambda p, y: (bce_slope(p, y), -log_odds(p)))
+OF_PROBABILITIES = Loss(_math.rematerialised(differentiable))
 
 
 def bound(p: jax.Array, y: jax.Array) -> jax.Array:

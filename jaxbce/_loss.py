@@ -45,7 +45,7 @@ class Loss:
         dtype of the arithmetic. It returns one number, and JAX can trace it and differentiate it.
       parameters: the names of the arguments of fn that may differ by label, or by element, in the
         order of fn. One that has a default in fn may be left out of a call. Other arguments of fn
-        with a default stay fixed.
+        with a default stay fixed. One called pos_weight must be at least 0, which `checked` checks.
 
     Returns:
       An object to call with `(logits, labels, *, weight=None, label_smoothing=0.0, where=None,

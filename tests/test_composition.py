@@ -350,7 +350,7 @@ def drawn_programs(draw):
     return case, kept, draw(subsets | st.none())
 
 
-@settings(max_examples=9, phases=[Phase.generate])
+@settings(max_examples=7, phases=[Phase.generate])
 @given(drawn=drawn_programs())
 def test_any_program_three_transformations_deep(drawn):
     case, steps, names = drawn

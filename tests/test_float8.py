@@ -17,7 +17,7 @@ from test_docs import blocks
 import jaxbce
 from jaxbce.nnx import MultiLabelHead
 
-pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("compile_fast")]
+pytestmark = [pytest.mark.newest, pytest.mark.usefixtures("compile_fast")]
 
 every_float8 = pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
 ROOT = pathlib.Path(__file__).parents[1]
@@ -324,7 +324,6 @@ TRAINED = {
 }
 
 
-@pytest.mark.newest
 @pytest.mark.parametrize("case", TRAINED, ids=", ".join)
 def test_what_rounding_costs(case):
     losses = losses_after_training(*case, seeds=range(2))

@@ -15,7 +15,7 @@ from test_docs import ROOT, blocks, run
 
 from jaxbce.nnx import MultiLabelHead
 
-pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("compile_fast")]
+pytestmark = [pytest.mark.newest, pytest.mark.usefixtures("compile_fast")]
 
 WIDTH, LABELS = 8, 64
 FEATURES = np.random.default_rng(0).normal(size=(6, WIDTH)).astype(np.float32)

@@ -23,7 +23,10 @@ def _jit_argument(name: str, argument: str, values: Any) -> Any:
         values = values.__jax_array__()  # for example of a flax.nnx.Param
     if isinstance(values, int) and not -(2**31) <= values < 2**31:
         if abs(values) > float(jnp.finfo(jnp.float32).max):
-            raise ValueError(f"{name}: {argument} must be below 3.4e38 in size, got {values:.0e}")
+            raise ValueError(
+                f"{name}: {argument} must be below 3.4e38 in size, got an integer of "
+                f"{values.bit_length()} bits"
+            )
         return float(values)  # JAX may have no integer as large
     if values is None or isinstance(values, (bool, int, float, complex)):
         return values

@@ -19,6 +19,7 @@ def jit_arguments(name: str, /, **arguments: Any) -> list[Any]:
 
 
 def _jit_argument(name: str, argument: str, values: Any) -> Any:
+    are_ids = argument in ("positives", "ignored")
     if not isinstance(values, jax.Array) and hasattr(values, "__jax_array__"):
         values = values.__jax_array__()  # for example of a flax.nnx.Param
     if isinstance(values, int) and not -(2**31) <= values < 2**31:
@@ -33,7 +34,7 @@ def _jit_argument(name: str, argument: str, values: Any) -> Any:
     if not isinstance(values, (jax.Array, np.ndarray, np.generic)):
         convertible = isinstance(values, (list, tuple)) or hasattr(values, "__array__")
         remedy = "wrap it in jax.numpy.asarray" if convertible else "pass an array"
-        if isinstance(values, (list, tuple)) and argument in ("positives", "ignored"):
+        if isinstance(values, (list, tuple)) and are_ids:
             remedy = f"make one of its rows by jaxbce.positives_from_rows({argument})"
         kind = type(values).__name__
         raise TypeError(f"{name}: {argument} must be an array or a number, got {kind}; {remedy}")
@@ -47,10 +48,10 @@ def _jit_argument(name: str, argument: str, values: Any) -> Any:
         # JAX would keep the lower 32 bits. Here an id that is too large becomes the largest one,
         # which is no label either, and other numbers become floats.
         info = np.iinfo(jax.dtypes.canonicalize_dtype(values.dtype))
-        narrow = np.clip(values, info.min, info.max).astype(info.dtype)
-        if argument not in ("positives", "ignored") and np.any(narrow != values):
-            return values.astype(np.float32)
-        return narrow
+        if are_ids:
+            return np.clip(values, info.min, info.max).astype(info.dtype)
+        narrow = values.astype(info.dtype)
+        return narrow if np.array_equal(narrow, values) else values.astype(np.float32)
     return values
 
 

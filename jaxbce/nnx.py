@@ -133,7 +133,7 @@ class MultiLabelHead(nnx.Module):
     def __call__(self, features: ArrayLike) -> jax.Array:
         """The logits features @ kernel + bias, [..., L]: where there is room for them."""
         features, kernel, bias = self._operands(features)
-        dtype = jnp.float64 if features.dtype == jnp.float64 else jnp.float32
+        dtype = _math.accumulator(features)
         kernel = (kernel.T if self.transpose_kernel else kernel).astype(features.dtype)
         logits = jnp.matmul(features, kernel, preferred_element_type=dtype)
         if bias is not None:

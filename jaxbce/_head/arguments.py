@@ -161,11 +161,11 @@ def prepare(
         mask = chunks.chunk_mask(operands, 0, 0, num_labels)
         if row_counted is not None:
             mask = row_counted[:, None] if mask is None else mask & row_counted[:, None]
-        label_counted = None if mask is None else jnp.any(mask, axis=0)
         for parameter, argument, array in zip(
             loss.loss.parameters, loss.per_label, numbers, strict=False
         ):
             if parameter == "pos_weight":
+                label_counted = None if mask is None else jnp.any(mask, axis=0)
                 _checks.check_not_negative(name, argument, array, label_counted)
         if labels is not None:
             _checks.check_unit_interval(name, "labels", labels.astype(dtype), mask)

@@ -276,9 +276,7 @@ class ByLabel(NamedTuple):
 
     arrays: Any
     axes: Any
-    dtypes: (
-        Any  # of parameters and state; on a CPU `arrays` may hold float8 as uint8, see `_update`
-    )
+    dtypes: Any  # of parameters and state, of which `arrays` may hold float8 as uint8
 
     def read(self, start: jax.Array | int, size: int) -> Any:
         def part(array: jax.Array, axis: int, dtype: Any) -> jax.Array:

@@ -139,5 +139,5 @@ def test_the_picture_of_the_modules_is_true():
 
 
 def test_the_readme_is_short():
-    """Rows of its tables apart: a new loss has one."""
-    assert sum(not line.startswith("|") for line in README.splitlines()) <= 140
+    """At most 140 lines with today's 13 rows of names; a new loss adds a row."""
+    assert sum(not line.startswith("| `jaxbce.") for line in README.splitlines()) <= 127

@@ -8,7 +8,7 @@ such functions: it has reverse mode only, and stores nothing but its inputs for 
 At 0 the derivatives of `abs` and `max` are conventions. So no derivative of a function of logits
 comes from them: it is a rule that is right at logit 0, in both tails and at every order.
 
-A coefficient of 0 annihilates: 0 · ∞ = 0.
+A coefficient of 0 gives 0, also times infinity.
 
 In float32 additions and multiplications are exact to half a unit. Two operations are not: `exp` and
 `quotient`. Each is defined once, so a bound for the error of the two is a bound for the losses that
@@ -171,7 +171,7 @@ def log1p_unit(t: jax.Array) -> jax.Array:
 
 
 def linear_and_curved(x: jax.Array, slope: jax.Array, curvature: jax.Array | float) -> jax.Array:
-    """|x| slope + curvature log1p(exp(-|x|)), where a slope of 0 annihilates an infinite x.
+    """|x| slope + curvature log1p(exp(-|x|)), and no first term where the slope is 0.
 
     The select comes last: XLA on a CPU then computes a loss in one loop. A sum that ends in
     arithmetic it hands to a library, and writes to memory all that this library lacks.

@@ -1,8 +1,8 @@
 """Weight, where and reduction: the one place where a divisor is defined, the head's too.
 
 An element, or a row of the head, is *kept* where no mask leaves it out. It is *counted* where its
-weight is not 0 either. It is *annihilated* where its weight is 0 and its loss or a slope may not be
-finite. It *enters* the loss where it is kept and not annihilated.
+weight is not 0 either. It is *dropped* where its weight is 0 and its loss or a slope may not be
+finite. It *enters* the loss where it is kept and not dropped.
 """
 
 import math
@@ -28,7 +28,7 @@ def enters(size: jax.Array, weight: jax.Array | None, where: jax.Array | None) -
     """Where an element enters the loss; None for everywhere.
 
     It does not where it is masked. Nor does it where its weight is 0 and its `size`, a bound for
-    loss and slopes, is not finite: the zero annihilates it, in the loss and in every gradient.
+    loss and slopes, is not finite: then it is dropped, from the loss and from every gradient.
     """
     if weight is None:
         return where
@@ -58,7 +58,7 @@ def reduce_loss(
     """`loss`, already weighted, without what `keep` leaves out, reduced over `axes`.
 
     `where` is the mask of the user, which the divisor counts. `keep` also leaves out what a weight
-    of 0 annihilates, which the divisor still counts.
+    of 0 drops, which the divisor still counts.
 
     mean = Σ loss / number of elements where `where` holds; weighted_mean = Σ loss / Σ w over the
     same elements; batchmean = Σ loss / number of entries of the first axis with such an element.

@@ -1,7 +1,7 @@
 """The losses in plain float64, each with its derivative, and the distance between floats in ULP.
 
 Written for reading and checked against mpmath at 50 digits in `test_oracle.py`. Arrays in, arrays
-out; a zero coefficient annihilates what is infinite, NaN stays.
+out; a coefficient of 0 gives 0, also times infinity; NaN stays.
 """
 
 import jax

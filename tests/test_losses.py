@@ -547,7 +547,7 @@ def test_infinite_logits(loss):
 
 
 @pos_weight_losses
-def test_a_pos_weight_of_zero_annihilates(loss):
+def test_a_pos_weight_of_zero_gives_zero(loss):
     x = np.array([-np.inf, -5, np.inf], np.float32)
     ones = np.ones(3, np.float32)
 

@@ -186,7 +186,7 @@ def root(logit, label):
 @pytest.mark.thorough
 @pytest.mark.parametrize(("fn", "logit"), [(by_hand, 20.0), (root, 0.0)], ids=["loss", "slope"])
 @pytest.mark.parametrize("reduction", ["mean", "weighted_mean", "sum", "none"])
-def test_a_weight_of_zero_annihilates_what_is_not_finite(fn, logit, reduction):
+def test_a_weight_of_zero_drops_what_is_not_finite(fn, logit, reduction):
     """Of the loss or its slope; in the head and in a step too."""
     loss, labels = jaxbce.Loss(fn), jnp.array([[0.0, 1.0], [0.0, 1.0]])
     weight = jnp.array([0.0, 1.5])

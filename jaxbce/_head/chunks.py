@@ -234,12 +234,12 @@ def chunk_pass(
         keep = due[None] if keep is None else keep & due[None]
     # There are two reasons to leave an element out.
     #   masked: the user masks it, or another chunk counts its label. Its loss is 0.
-    #   annihilated: its row has weight 0, and its loss or a slope may not be finite. Its loss is ∞,
+    #   dropped: its row has weight 0, and its loss or a slope may not be finite. Its loss is ∞,
     #     so that of the row is not finite, and `finite_rows` makes it 0. So the gradient by the
     #     weight is 0 too.
     # For either reason it is replaced before the loss sees it: a NaN would reach a gradient.
     masked = None if keep is None else ~keep
-    left_out, annihilated = masked, None
+    left_out, dropped = masked, None
     if weightless is not None:
         finite = functools.reduce(operator.and_, map(jnp.isfinite, jax.tree.leaves(elements)))
         if operands.per_label:
@@ -248,14 +248,14 @@ def chunk_pass(
             finite &= jnp.isfinite(size_bound(logits, *elements["per_label"]))
         if plan.loss.program:
             finite &= is_defined(smoothed_loss, replaced(elements, masked))
-        annihilated = weightless & ~finite
-        left_out = annihilated if masked is None else annihilated | masked
+        dropped = weightless & ~finite
+        left_out = dropped if masked is None else dropped | masked
 
     def masked_loss(elements: Any) -> jax.Array:
         # Replaced before anything is computed of them, so that no NaN reaches a derivative.
         losses = smoothed_loss(replaced(elements, left_out))
-        if annihilated is not None:
-            losses = jnp.where(annihilated, jnp.inf, losses)
+        if dropped is not None:
+            losses = jnp.where(dropped, jnp.inf, losses)
         return losses if masked is None else jnp.where(masked, 0, losses)
 
     # Also without gradients. A built-in loss has a rule for reverse mode only. Once it is applied,
@@ -354,7 +354,7 @@ def full_pass(
 
 
 def finite_rows(by_row: jax.Array, operands: Operands) -> jax.Array:
-    """The loss of each row, of which a weight of 0 annihilates what is not finite."""
+    """The loss of each row, without what a weight of 0 drops."""
     if operands.weightless is None:
         return by_row
     return jnp.where(operands.weightless & ~jnp.isfinite(by_row), 0, by_row)

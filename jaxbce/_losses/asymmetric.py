@@ -172,7 +172,7 @@ def asymmetric_loss(
       ValueError: labels have another shape than logits, weight or where does not broadcast to it,
         or gamma_neg, gamma_pos, clip, label_smoothing, axis or reduction is not valid.
 
-    Edge values: a zero coefficient annihilates (0 · ∞ = 0). (+∞, 1) and (−∞, 0) give loss 0 and
+    Edge values: a coefficient of 0 gives 0, also times ∞. (+∞, 1) and (−∞, 0) give loss 0 and
     gradient 0; (−∞, 1) gives loss ∞ and gradient −1; (+∞, 0) gives loss ∞ and gradient 1 with clip
     0, else loss −(1 − clip)^gamma_neg log(clip) and gradient 0. At p = clip every derivative is 0,
     as below: a bias that starts there, from a rare prior, leaves negatives nothing to learn. NaN

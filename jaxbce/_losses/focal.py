@@ -217,7 +217,7 @@ def focal_loss(
         broadcast to it, or gamma, alpha, label_smoothing, axis or reduction is not valid (of an
         array for gamma or alpha the values are not checked).
 
-    Edge values: a zero coefficient annihilates (0 · ∞ = 0). Without alpha, (+∞, 1) and (−∞, 0) give
+    Edge values: a coefficient of 0 gives 0, also times ∞. Without alpha, (+∞, 1) and (−∞, 0) give
     loss 0 and gradient 0; (+∞, 0) and (−∞, 1) give loss ∞ and gradients 1 and −1; NaN gives NaN.
     Where masked, or where weight is 0, anything gives 0. Nothing kept gives 0.
 

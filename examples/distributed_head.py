@@ -174,7 +174,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="decides the data")
     add("--coordinator", help="HOST:PORT of process 0")
     add("--processes", type=int, default=2, help="how many processes there are")
-    add("--process-id", type=int, help="the number of this process; without it, all are started here")
+    add("--process-id", type=int, help="its number; without it, all are started here")
     args = parser.parse_args(argv)
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, got {args.steps}")

@@ -93,14 +93,14 @@ def of_loss(
     def value(*arrays: jax.Array) -> jax.Array:
         return loss(*arrays)
 
-    def by_all(*arrays: jax.Array) -> Any:
+    def all_gradients(*arrays: jax.Array) -> Any:
         return _pull_back(loss, *arrays)
 
-    def by_logits(logits: jax.Array, *others: jax.Array) -> Any:
+    def logits_gradients(logits: jax.Array, *others: jax.Array) -> Any:
         return _pull_back(lambda logits: loss(logits, *others), logits)
 
-    def second(*arrays: jax.Array) -> Any:
-        return _pull_back(by_all, *arrays)
+    def second_derivatives(*arrays: jax.Array) -> Any:
+        return _pull_back(all_gradients, *arrays)
 
     try:
         traced = trace(value, *arguments)
@@ -116,7 +116,7 @@ def of_loss(
     if not jnp.issubdtype(traced.out_avals[0].dtype, jnp.floating):
         raise TypeError(f"{name}: loss must return floats, got {traced.out_avals[0].dtype}")
     programs = [traced]
-    for derivative in (by_all, by_logits, second):
+    for derivative in (all_gradients, logits_gradients, second_derivatives):
         # A loss may have no derivative, as one with a loop of unknown length.
         with contextlib.suppress(NotImplementedError, TypeError, ValueError):
             programs.append(trace(derivative, *arguments))

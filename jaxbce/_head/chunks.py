@@ -267,22 +267,22 @@ def chunk_pass(
 
     # A factor of 0 is multiplied like any other. To skip such a row would lose the second
     # derivative by its factor.
-    (by_element,) = pullback(zeros + operands.row_factor[:, None])
+    (d_elements,) = pullback(zeros + operands.row_factor[:, None])
     # Written to memory once. XLA on a TPU would write the float32 logits, and compute it twice.
-    by_logit = jax.lax.optimization_barrier(by_element["logits"].astype(kernel.dtype))
-    factors = (by_logit, operands.features) if plan.transposed else (operands.features, by_logit)
+    d_logits = jax.lax.optimization_barrier(d_elements["logits"].astype(kernel.dtype))
+    factors = (d_logits, operands.features) if plan.transposed else (operands.features, d_logits)
     gradients: Gradients = {
-        "features": matmul(by_logit, kernel, 1, label_dim),
+        "features": matmul(d_logits, kernel, 1, label_dim),
         "kernel": matmul(factors[0], factors[1], 0, 0),
     }
     if operands.bias is not None:
-        gradients["bias"] = sum_of_rows(by_element["logits"], by_logit)
+        gradients["bias"] = sum_of_rows(d_elements["logits"], d_logits)
     if operands.labels is not None and jnp.issubdtype(operands.labels.dtype, jnp.floating):
-        gradients["labels"] = by_element["labels"]
+        gradients["labels"] = d_elements["labels"]
     if operands.per_label:
-        gradients["per_label"] = tuple(jnp.sum(each, axis=0) for each in by_element["per_label"])
+        gradients["per_label"] = tuple(jnp.sum(each, axis=0) for each in d_elements["per_label"])
     if operands.label_smoothing is not None:
-        gradients["label_smoothing"] = jnp.sum(by_element["label_smoothing"])
+        gradients["label_smoothing"] = jnp.sum(d_elements["label_smoothing"])
     return by_row, gradients
 
 

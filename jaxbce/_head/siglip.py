@@ -143,11 +143,11 @@ def _siglip(
     log_scale = _checks.number(name, "log_scale", log_scale, most_axes=2)
     bias = _checks.number(name, "bias", bias, most_axes=2)
     dtype = _math.accumulator(images, texts)
-    by_text = jnp.broadcast_to(bias.astype(dtype), num_texts)
+    bias_of_text = jnp.broadcast_to(bias.astype(dtype), num_texts)
     if text_bias is not None:
         text_bias = _checks.floating(name, "text_bias", text_bias)
         text_bias = _checks.shaped(name, "text_bias", text_bias, (num_texts,), "(texts,)")
-        by_text += text_bias.astype(dtype)
+        bias_of_text += text_bias.astype(dtype)
     if weight is not None:
         weight = _checks.shaped(name, "weight", weight, (batch,), "(batch,)").astype(dtype)
     rows_of = ("image_embeddings", images.shape)
@@ -166,7 +166,7 @@ def _siglip(
     operands = chunks.Operands(
         features=scaled,
         kernel=texts,
-        bias=by_text,
+        bias=bias_of_text,
         positives=positives,
         ignored=ignored,
         row_factor=_reduce.row_factor(weight, None, (batch,), num_texts, dtype, "batchmean"),

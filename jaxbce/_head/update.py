@@ -261,11 +261,11 @@ def _update(
             (plan.operand_specs(operands), placed, *whole),
             (specs["row_factor"], specs["features"], placed, whole[0]),
         )
-    by_row, by_features, (params, state), others = local(operands, by_label.arrays, others, key)
+    by_row, d_features, (params, state), others = local(operands, by_label.arrays, others, key)
     features = jnp.asarray(given.features)
     return LinearUpdate(
         chunks.scaled_sum(by_row, operands),
-        by_features.reshape(features.shape).astype(features.dtype),
+        d_features.reshape(features.shape).astype(features.dtype),
         params,
         layout.join(state, others),
     )
@@ -342,14 +342,14 @@ def update_pass(
         return by_row, gradients["features"], new, start, new_others
 
     if chunk_size == num_labels:
-        by_row, by_features, arrays, _, others = one_chunk(by_label, 0)
+        by_row, d_features, arrays, _, others = one_chunk(by_label, 0)
     else:
 
         def turn(carry: Any, first: jax.Array) -> tuple[Any, None]:
-            by_row, by_features, arrays, new, written_at, _ = carry
+            by_row, d_features, arrays, new, written_at, _ = carry
             now = by_label._replace(arrays=arrays).written(new, written_at)
             more, more_of_features, *rest = one_chunk(now, first)
-            sums = by_row + more, by_features + more_of_features
+            sums = by_row + more, d_features + more_of_features
             return (*sums, now.arrays, *rest), None
 
         batch, width = operands.features.shape
@@ -360,6 +360,6 @@ def update_pass(
         start = firsts[0]
         carry = *sums, by_label.arrays, by_label.read(start, chunk_size), start, others
         carry, _ = jax.lax.scan(turn, carry, firsts)
-        by_row, by_features, arrays, new, start, others = carry
+        by_row, d_features, arrays, new, start, others = carry
         arrays = by_label._replace(arrays=arrays).written(new, start).arrays
-    return plan.total("row_factor", by_row), plan.total("features", by_features), arrays, others
+    return plan.total("row_factor", by_row), plan.total("features", d_features), arrays, others

@@ -29,8 +29,8 @@ def partials(
     if pos_weight is None:
         return _math.sigmoid_minus(x, y), -x, None
     d_labels = _math.softplus_mix(x, -jnp.ones_like(x), pos_weight)
-    by_weight = _math.softplus_mix(x, jnp.zeros_like(x), y)
-    return _math.sigmoid_mix(x, 1 - y, _math.multiply_no_nan(y, pos_weight)), d_labels, by_weight
+    d_pos_weight = _math.softplus_mix(x, jnp.zeros_like(x), y)
+    return _math.sigmoid_mix(x, 1 - y, _math.multiply_no_nan(y, pos_weight)), d_labels, d_pos_weight
 
 
 value_forward = _math.with_jvp(value, partials)

@@ -34,10 +34,10 @@ FACTORS: dict[str, _math.ScalarFn] = {
     "x": lambda x, y: x,
     "1": lambda x, y: jnp.ones_like(x),
 }
-# How a factor differentiates: BY_X["s"] = (1, "1") reads ∂s/∂x = (p q)^1 · 1, and MINUS_BY_Y["c"] =
+# How a factor differentiates: D_X["s"] = (1, "1") reads ∂s/∂x = (p q)^1 · 1, and MINUS_D_Y["c"] =
 # "x" reads ∂c/∂y = -x. A factor that a table lacks has the derivative 0.
-BY_X = {"c": (0, "s"), "s": (1, "1"), "x": (0, "1")}
-MINUS_BY_Y = {"c": "x", "s": "1"}
+D_X = {"c": (0, "s"), "s": (1, "1"), "x": (0, "1")}
+MINUS_D_Y = {"c": "x", "s": "1"}
 
 
 def m_value(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -59,8 +59,8 @@ def log_m_value(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def log_m_partials(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    by_x = (1 - 2 * y) * focal_term(-1, 1, "1")(x, y, None)
-    return by_x, -multiply_saturated(_math.tanh_half(x), focal_term(-1, 0, "1")(x, y, None))
+    d_x = (1 - 2 * y) * focal_term(-1, 1, "1")(x, y, None)
+    return d_x, -multiply_saturated(_math.tanh_half(x), focal_term(-1, 0, "1")(x, y, None))
 
 
 log_m = _math.with_jvp(log_m_value, log_m_partials)
@@ -105,21 +105,21 @@ def focal_term(k: float, j: int, f: str) -> _math.ScalarFn:
             return focal_term(k, j, f)(x, y, g)
 
         minus_tanh = -_math.tanh_half(x)
-        by_x, by_y, by_g = jnp.zeros_like(x), jnp.zeros_like(x), None
+        d_x, d_y, d_gamma = jnp.zeros_like(x), jnp.zeros_like(x), None
         if g is not None or k:
             exponent = k if g is None else k + g
-            by_x += exponent * (1 - 2 * y) * term(k - 1, j + 1, f)
-            by_y += exponent * multiply_saturated(minus_tanh, term(k - 1, j, f))
+            d_x += exponent * (1 - 2 * y) * term(k - 1, j + 1, f)
+            d_y += exponent * multiply_saturated(minus_tanh, term(k - 1, j, f))
         if j:
-            by_x += j * multiply_saturated(minus_tanh, term(k, j, f))
-        if f in BY_X:
-            more, g_x = BY_X[f]
-            by_x += term(k, j + more, g_x)
-        if f in MINUS_BY_Y:
-            by_y -= term(k, j, MINUS_BY_Y[f])
+            d_x += j * multiply_saturated(minus_tanh, term(k, j, f))
+        if f in D_X:
+            more, g_x = D_X[f]
+            d_x += term(k, j + more, g_x)
+        if f in MINUS_D_Y:
+            d_y -= term(k, j, MINUS_D_Y[f])
         if g is not None:
-            by_g = multiply_saturated(log_m(x, y), term(k, j, f))
-        return by_x, by_y, by_g
+            d_gamma = multiply_saturated(log_m(x, y), term(k, j, f))
+        return d_x, d_y, d_gamma
 
     return _math.with_jvp(value, partials)
 

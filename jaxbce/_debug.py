@@ -1,6 +1,8 @@
 """`checked`: a function with the values it gives to jaxbce checked."""
 
 import functools
+import importlib
+import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -24,7 +26,9 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
     fit into `max_positives`.
 
     Args:
-      fn: a function of arrays, or pytrees of arrays, that returns the same.
+      fn: a function of arrays, or pytrees of arrays, that returns the same. Flax NNX modules among
+        its arguments change as they do without `checked`, and stay as they were where a check
+        fails. A module that fn holds and does not get cannot change.
 
     Returns:
       A function of the same arguments and result. It is traced at every call, so keep it out of the
@@ -55,22 +59,28 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
     def with_checks(*args: P.args, **kwargs: P.kwargs) -> R:
         if _checks.values_are_checked():
             return fn(*args, **kwargs)
-        # A copy, because an NNX module loses its parameters where tracing it fails.
-        args, kwargs = jax.tree.map(lambda leaf: leaf, (args, kwargs))
         for values in jax.tree.leaves((args, kwargs)):
             _refuse_traced(values)
             _checks.check_narrowing("checked", "an argument", values)
-        with _checks.value_checks(True):
-            error, result = checkify.checkify(fn)(*args, **kwargs)
-        for outcome in jax.tree.leaves(error):
-            _refuse_traced(outcome)
-        try:
-            error.throw()
-        except checkify.JaxRuntimeError as failure:
-            raise ValueError(str(failure).removesuffix(" (`check` failed)")) from None
-        return result
+        if "flax.nnx" in sys.modules:  # else there are no modules
+            flax = importlib.import_module("jaxbce._flax")
+            result: R = flax.on_copies(_run, fn, args, kwargs)
+            return result
+        return _run(fn, *args, **kwargs)
 
     return with_checks
+
+
+def _run(fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    with _checks.value_checks(True):
+        error, result = checkify.checkify(fn)(*args, **kwargs)
+    for outcome in jax.tree.leaves(error):
+        _refuse_traced(outcome)
+    try:
+        error.throw()
+    except checkify.JaxRuntimeError as failure:
+        raise ValueError(str(failure).removesuffix(" (`check` failed)")) from None
+    return result
 
 
 def _refuse_traced(value: Any) -> None:

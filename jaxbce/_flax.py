@@ -1,4 +1,4 @@
-"""What the head needs of Flax: parameters made in their place, and the state of an optimizer."""
+"""What the head and `checked` need of Flax: parameters, the state of an optimizer, copies."""
 
 from __future__ import annotations
 
@@ -120,6 +120,35 @@ def _held(place: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
     if isinstance(held, bool | int | float):  # which has no dtype
         return jnp.asarray(held, like.dtype)
     return place[...] if _is_variable(place) else jnp.asarray(held)
+
+
+def on_copies(
+    run: Callable[..., Any], fn: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+) -> Any:
+    """run(fn, *args, **kwargs) where `run` traces fn, and NNX modules among its arguments change.
+
+    A trace may change only modules that it has made. So fn gets copies. Afterwards the modules take
+    over what has become of these.
+    """
+    leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_module)
+    modules = tuple(filter(_is_module, leaves))
+    others = [leaf for leaf in leaves if not _is_module(leaf)]
+    graph, state = nnx.split(modules)
+
+    def pure(state: Any, others: Any) -> Any:
+        copies = nnx.merge(graph, state, copy=True)
+        sources = {True: iter(copies), False: iter(others)}
+        given = [next(sources[_is_module(leaf)]) for leaf in leaves]
+        args, kwargs = jax.tree.unflatten(structure, given)
+        return fn(*args, **kwargs), nnx.state(copies)
+
+    result, state = run(pure, state, others)
+    nnx.update(modules, state)
+    return result
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, nnx.Pytree)
 
 
 def write(optimizer: nnx.Optimizer[Any], values: list[jax.Array]) -> None:

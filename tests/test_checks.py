@@ -756,18 +756,65 @@ def test_checked_goes_outside(transform):
         jax.jit(inside)(X, X)
 
 
-def test_checked_leaves_a_module_as_it_is():
-    """Also where the function fails because Flax does not let it change a module there."""
-    model = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
-    before = np.array(model.kernel[...])
+class Noisy(nnx.Module):
+    """With all that a module may change: parameters, statistics and a counter of random numbers."""
 
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.output = nnx.Linear(3, 3, rngs=rngs)
+
+    def __call__(self, features):
+        return self.output(self.dropout(self.norm(features)))
+
+
+def dense_step(model, optimizer, features, labels):
     def loss(model):
-        return jaxbce.bce_with_logits(model(X), X)
+        return jaxbce.bce_with_logits(model(features), labels)
 
-    jaxbce.checked(loss)(model)
-    with pytest.raises(Exception, match="different trace level"):
-        jaxbce.checked(nnx.jit(loss))(model)
-    np.testing.assert_array_equal(model.kernel[...], before)
+    value, gradients = nnx.value_and_grad(loss)(model)
+    optimizer.update(model, gradients)
+    return value
+
+
+def step_of_head(encoder, optimizer, features, labels, *, head, of_head):
+    value, gradients = head.update_with_encoder(of_head, encoder, features, labels=labels)
+    optimizer.update(encoder, gradients)
+    return value
+
+
+def modules(step):
+    """A model and its optimizer, a head and its own: of the step that takes them by name."""
+    parts = Noisy(), jaxbce.nnx.MultiLabelHead(3, 3, rngs=nnx.Rngs(1))
+    pairs = [(part, nnx.Optimizer(part, optax.sgd(0.1), wrt=nnx.Param)) for part in parts]
+    named = dict(zip(("head", "of_head"), pairs[1], strict=True))
+    return pairs[0], named if step is step_of_head else {}
+
+
+def numbers_of(*held):
+    """Every array of the modules but random keys, as it is now."""
+    return jax.tree.map(np.asarray, nnx.state(held, nnx.Not(nnx.RngKey)))
+
+
+@pytest.mark.parametrize("jit", [nnx.jit, lambda step: step], ids=["nnx.jit", "eager"])
+@pytest.mark.parametrize("step", [dense_step, step_of_head])
+def test_checked_steps_change_their_modules_as_without(step, jit):
+    """A check that fails leaves them as they were."""
+    features = jax.random.normal(jax.random.key(0), (4, 3))
+    labels = jnp.eye(4, 3)
+    (model, optimizer), named = modules(step)
+    (twin, of_twin), of_named = modules(step)
+    for _ in range(3):
+        got = jaxbce.checked(jit(step))(model, optimizer, features, labels, **named)
+        expected = jit(step)(twin, of_twin, features, labels, **of_named)
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+    changed = numbers_of(model, optimizer, named)
+    expected = numbers_of(twin, of_twin, of_named)
+    chex.assert_trees_all_close(changed, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 1\], got 2"):
+        jaxbce.checked(jit(step))(model, optimizer, features, 2 * labels, **named)
+    chex.assert_trees_all_equal(numbers_of(model, optimizer, named), changed)
 
 
 def test_checked_finds_a_multi_hot_array_in_place_of_ids():

@@ -482,6 +482,26 @@ def test_checked_counts():
         jaxbce.checked(jaxbce.prior_bias)(DENSE * 2.0)
 
 
+@pytest.mark.parametrize("fn", [jaxbce.balanced_pos_weight, jaxbce.prior_bias])
+@pytest.mark.parametrize(
+    ("labels", "got"),
+    [
+        (np.array([[3, 7, 1], [2, -1, -1]]), "-1"),
+        (np.array([[3, 7, 1], [2, 0, 0]], np.uint8), "7"),
+        (np.array([[0.0, 1.0, np.nan]]), "nan"),
+    ],
+    ids=["ids", "unsigned", "NaN"],
+)
+def test_known_labels_outside_of_0_and_1_are_refused(fn, labels, got):
+    """Such as ids, which are `positives`. A mask leaves them out, and traced ones are not known."""
+    with pytest.raises(ValueError, match=rf"in \[0, 1\], got {got}; label ids are positives=..."):
+        fn(labels)
+    inside = (labels >= 0) & (labels <= 1)
+    kept = np.where(inside, labels, 0)
+    np.testing.assert_array_equal(fn(labels, where=inside), fn(kept, where=inside))
+    jax.jit(fn)(labels)
+
+
 # --- class balance -----------------------------------------------------------------------------
 
 
@@ -714,7 +734,7 @@ def test_counts_of_any_size(fn, where):
 def test_a_label_that_is_always_positive_has_no_negatives():
     """Though a sum of many labels may be rounded up, here by a label with one bit too many."""
     labels = np.array([[1 + 2**-23]], np.float32)
-    np.testing.assert_array_equal(jaxbce.balanced_pos_weight(labels), [0])
+    np.testing.assert_array_equal(jax.jit(jaxbce.balanced_pos_weight)(labels), [0])
 
 
 def test_a_symbolic_batch():

@@ -770,11 +770,6 @@ def losses_and_updates(arguments):
     yield lambda head: head.update(optimizer_of(head), features(), **arguments)[0]
 
 
-def under_checked(call, head):
-    graph, state = nnx.split(head)
-    return jaxbce.checked(lambda state: call(nnx.merge(graph, state, copy=True)))(state)
-
-
 BAD_CALLS = {
     **{
         f"{name}, {method}": call
@@ -788,7 +783,7 @@ BAD_CALLS = {
         for name, per_label in BAD_PER_LABEL.items()
     },
     **{
-        f"checked {name}, {method}": functools.partial(under_checked, call)
+        f"checked {name}, {method}": jaxbce.checked(call)
         for name, arguments in BAD_VALUES.items()
         for method, call in zip(("loss", "update"), losses_and_updates(arguments), strict=True)
     },

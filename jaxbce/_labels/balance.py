@@ -49,8 +49,8 @@ def balanced_pos_weight(
       TypeError: labels are not a real array, positives or ignored not an integer array, where is
         not bool, max_weight is not a real number.
       ValueError: neither or both of labels and positives, positives without num_labels, labels with
-        ignored, a shape that does not fit, or max_weight is not positive (a traced one is not
-        checked).
+        ignored, a shape that does not fit, a label outside [0, 1], or max_weight is not positive
+        (what is traced is not checked).
 
     Edge values: a label without positives gets its number of negatives, at most max_weight; one
     without negatives, or with nothing kept, 0. What is masked may hold anything, also NaN.
@@ -113,7 +113,7 @@ def prior_bias(
       TypeError: labels are not a real array, positives or ignored not an integer array, where is
         not bool.
       ValueError: neither or both of labels and positives, positives without num_labels, labels with
-        ignored, or a shape that does not fit.
+        ignored, a shape that does not fit, or a label outside [0, 1] (traced ones are not checked).
 
     Edge values: finite for every label; 0 where nothing is kept. What is masked may hold anything,
     also NaN.
@@ -157,12 +157,37 @@ def _counts(
                 "labels out by where"
             )
         count, kept = _dense_counts(labels, where, name=name)
+        _check_known(name, labels, where)
     else:
         _ids.check_num_labels(name, num_labels)
         count, kept = _sparse_counts(positives, where, ignored, name=name, num_labels=num_labels)
     # The two sums are rounded differently, so a large one may leave less than 0 negatives.
     negatives = kept - count
     return count, jnp.where(negatives < 0, 0, negatives)
+
+
+def _check_known(name: str, labels: Any, where: Any) -> None:
+    """Refuses labels outside [0, 1], such as ids, unless they are traced.
+
+    A loss leaves that to `checked`, because it runs in every step. This runs once.
+    """
+    extremes = _extremes(labels, where)
+    if isinstance(extremes[0], jax.core.Tracer):
+        return
+    for value in jax.device_get(extremes):
+        if not 0 <= value <= 1:
+            raise ValueError(
+                f"{name}: labels must be in [0, 1], got {value}; label ids are positives=..., and "
+                "what is unknown is left out by where"
+            )
+
+
+@_placement.compiled(result=_placement.replicated, results=2)
+def _extremes(labels: Any, where: Any) -> tuple[jax.Array, jax.Array]:
+    """The smallest and the largest of the labels that are kept."""
+    labels = labels.astype(jnp.int8) if labels.dtype == bool else labels
+    labels = labels if where is None else jnp.where(where, labels, 0)
+    return jnp.min(labels, initial=0), jnp.max(labels, initial=0)
 
 
 @_placement.compiled(result=_placement.by_label, results=2)

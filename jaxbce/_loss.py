@@ -41,11 +41,13 @@ class Loss:
     Formula: loss(logits, labels) = fn(x, y, *parameters) for each logit x and its label y.
 
     Args:
-      fn: a function of one logit, one label and one number for each parameter, all scalars of the
-        dtype of the arithmetic. It returns one number, and JAX can trace it and differentiate it.
+      fn: a function of one logit, one label and one number for each parameter, all float32
+        scalars, or float64 for float64 logits. It returns one number, and JAX can trace it and
+        differentiate it.
       parameters: the names of the arguments of fn that may differ by label, or by element, in the
-        order of fn. One that has a default in fn may be left out of a call. Other arguments of fn
-        with a default stay fixed. One called pos_weight must be at least 0, which `checked` checks.
+        order of fn. Other names stand for the arguments without a default, in their order. An
+        argument with a default may be left out of a call. Those that are not named stay fixed. One
+        called pos_weight must be at least 0, which `checked` checks.
 
     Returns:
       An object to call with `(logits, labels, *, weight=None, label_smoothing=0.0, where=None,
@@ -119,7 +121,8 @@ class Loss:
         if unknown := parameters.keys() - set(self.parameters):
             raise TypeError(
                 f"Loss: {min(unknown)} is no option, got one of that name; this loss has "
-                f"{', '.join((*self.parameters, *Options._fields))}"
+                f"{', '.join((*self.parameters, *Options._fields))}; name an argument of fn in "
+                "parameters"
             )
         parameters = {own: value for own, value in parameters.items() if value is not None}
         options = Options(weight, label_smoothing, where, axis, reduction)
@@ -155,10 +158,12 @@ class Loss:
                 f"a default in their order, got {list(self.parameters)} and the arguments {names}; "
                 "name the others in parameters too, or bind them with functools.partial"
             )
-        if clash := [own for own in found if own in named and found[own] is not named[own]]:
+        if any(own in named and found[own] is not named[own] for own in found):
+            other = next(own for own in found if own not in named)  # perhaps misspelt
             raise ValueError(
                 f"{name}: parameters must be in the order of fn, or all have its names, got "
-                f"{list(self.parameters)} for {[a.name for a in others]}; rename {clash[0]}"
+                f"{list(self.parameters)} for {[a.name for a in others]}; rename {other}, or keep "
+                "that order"
             )
         return found
 

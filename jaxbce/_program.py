@@ -110,8 +110,8 @@ def of_loss(
     if shapes != [expected]:
         raise ValueError(
             f"{name}: loss must return one number per logit, of shape {expected} for logits of "
-            f"that shape, got {shapes[0] if len(shapes) == 1 else shapes}; a loss of jaxbce takes "
-            'reduction="none"'
+            f"that shape, got {shapes[0] if len(shapes) == 1 else shapes}; a loss of jaxbce goes "
+            "in as jaxbce.Loss(loss)"
         )
     if not jnp.issubdtype(traced.out_avals[0].dtype, jnp.floating):
         raise TypeError(f"{name}: loss must return floats, got {traced.out_avals[0].dtype}")

@@ -273,6 +273,8 @@ class MultiLabelHead(nnx.Module):
                 f"MultiLabelHead: update has no argument {min(unknown)}, got one of that name; the "
                 "encoder takes its inputs by position, encoder(*inputs)"
             )
+        targets = {name: arguments.get(name) for name in ("positives", "labels")}
+        _checks.check_one_of("MultiLabelHead", **targets)
         # An input may be a module too, as an nnx.Rngs.
         nodes = (encoder, *(each for each in inputs if isinstance(each, nnx.Pytree)))
         selected = nnx.All(wrt, lambda path, _: path[0] == 0)

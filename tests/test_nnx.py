@@ -995,6 +995,8 @@ def test_an_encoder_with_parameters_that_are_no_floats_is_refused():
         )
     with pytest.raises(TypeError, match=r"no argument train, .*takes its inputs by position"):
         head.update_with_encoder(of_head, Permuted(), features(), positives=POSITIVES, train=True)
+    with pytest.raises(ValueError, match=r"one of positives and labels must be given, got neither"):
+        head.update_with_encoder(of_head, Permuted(), features(), POSITIVES)
     assert of_head.step[...] == 0
 
 

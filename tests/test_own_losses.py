@@ -352,7 +352,7 @@ BAD = {
     "order": (
         lambda: jaxbce.Loss(lambda x, y, a, b: x, ("b", "c"))(X, X, b=1.0, c=1.0),
         ValueError,
-        r"in the order of fn, or all have its names, .*rename b",
+        r"in the order of fn, or all have its names, .*rename c, or keep",
     ),
     "of arrays": (
         lambda: jaxbce.Loss(lambda x, y: jax.nn.log_softmax(x) * y)(X, X),

@@ -32,7 +32,8 @@ def check(name: str, key: Any, params: Any, opt_state: Any) -> None:
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"{name}: rounding_key must be one key of jax.random, got {type(key).__name__} of "
-            f"shape {jnp.shape(key)}; make one for each step, jax.random.fold_in(key, step)"
+            f"shape {getattr(key, 'shape', None)}; make one for each step, "
+            "jax.random.fold_in(key, step), or take it of an nnx.Rngs, rngs.params()"
         ) from error
 
 

@@ -50,7 +50,7 @@ def siglip_loss(
       text_embeddings: float array [texts, D]; row i belongs to image i, unless positives are given.
         There may be more texts than images. The rest are negatives of every image.
       log_scale: one number, of shape (), (1,) or (1, 1): the logarithm of the inverse temperature;
-        the paper starts at log 10. Code that passes the temperature itself passes its logarithm.
+        the paper starts at log 10. If your code has the scale, 1 / temperature, pass its logarithm.
       bias: one number, of shape (), (1,) or (1, 1); the paper starts at −10. With p = 1 / batch the
         share of pairs that match, a bias of log(p / (1 − p)) starts at the right share of matches.
       positives: integer array [batch, P], the rows of the texts that belong to each image, padded

@@ -22,8 +22,8 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
     under `jax.jit` or `jax.vmap`. Without it no check is traced and none costs anything.
 
     What is checked: kept labels and probabilities lie in [0, 1] and are not NaN; `label_smoothing`
-    lies in [0, 1]; `pos_weight` is not negative; positives are label ids, or -1 for padding, and
-    fit into `max_positives`.
+    lies in [0, 1]; `pos_weight` is not negative; positives and ignored are label ids, or -1 for
+    padding, and fit into `max_positives`.
 
     Args:
       fn: a function of arrays, or pytrees of arrays, that returns the same. Flax NNX modules among

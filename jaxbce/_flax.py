@@ -80,13 +80,18 @@ def taken(
             "set; train it with MultiLabelHead.loss and optimizer.update"
         )
     trained = nnx.state(head, optimizer.wrt).keys()
+    if further := sorted(trained - own.keys()):
+        raise ValueError(
+            f"MultiLabelHead: update trains kernel and bias, got a wrt that also selects "
+            f"{further[0]}; leave that out by wrt, or train all with MultiLabelHead.loss"
+        )
     tx = OfHead(optimizer.tx, frozenset(trained & own.keys()))
     places = _places(optimizer.opt_state)
     expected = jax.eval_shape(tx.init, {name: variable[...] for name, variable in own.items()})
     likes, structure = jax.tree.flatten(expected)
     got = [jnp.shape(jax.tree.leaves(place)[0]) for place in places]
     shapes = [like.shape for like in likes]
-    if not trained or not trained <= own.keys() or shapes != got:
+    if not trained or shapes != got:
         raise ValueError(
             "MultiLabelHead: optimizer must be one of this head alone, "
             "flax.nnx.Optimizer(head, tx, wrt=flax.nnx.Param); got one whose wrt selects "
@@ -113,6 +118,17 @@ def _places(opt_state: Any) -> list[Any]:
     """A Variable for each array of the state, or what a user has put in place of the Variable."""
     places = jax.tree.leaves(opt_state, is_leaf=_is_variable)
     return [place for place in places if jax.tree.leaves(place)]  # what optax masks holds nothing
+
+
+def put(place: nnx.Variable[Any], value: jax.Array) -> None:
+    """Replaces what a Variable holds.
+
+    `place[...] = value` would write into an array of NumPy, which may be the user's checkpoint.
+    """
+    if hasattr(place, "set_value"):
+        place.set_value(value)
+    else:  # Flax 0.12.0, where it replaces the array
+        place[...] = value
 
 
 def _held(place: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -159,7 +175,7 @@ def write(optimizer: nnx.Optimizer[Any], values: list[jax.Array]) -> None:
         if not jax.tree.leaves(place):
             continue
         if _is_variable(place):
-            place[...] = next(left)
+            put(place, next(left))
         else:
             places[i] = next(left)
     if all(map(_is_variable, places)):

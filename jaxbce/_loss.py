@@ -199,7 +199,8 @@ class Loss:
         scalar = self.mapped(0, given, name)
         remedy = "name it in parameters, and pass it in the call"
         scalars = "a function of one logit and one label, which are numbers and no arrays"
-        return _program.of_loss(name, scalar, [number] * (2 + len(given)), remedy, scalars)
+        who = "Loss: fn" if name == "Loss" else f"{name}: loss"
+        return _program.of_loss(who, scalar, [number] * (2 + len(given)), remedy, scalars)
 
 
 def smoothed(labels: jax.Array, a: jax.Array | None) -> jax.Array:

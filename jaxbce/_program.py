@@ -81,12 +81,13 @@ def trace(fn: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def of_loss(
-    name: str, loss: Callable[..., jax.Array], arguments: Sequence[Any], remedy: str, kind: str
+    who: str, loss: Callable[..., jax.Array], arguments: Sequence[Any], remedy: str, kind: str
 ) -> tuple[Equation, ...]:
     """The program of a user's loss, which must return one number per logit, and its derivatives'.
 
-    A rule of a derivative may read what the loss itself does not. `kind` says to a user whose loss
-    fails what it must be, and `remedy` to one whose loss holds a traced value what to do.
+    A rule of a derivative may read what the loss itself does not. `who` is the argument that is the
+    loss, and of which function. `kind` says to a user whose loss fails what it must be, and
+    `remedy` to one whose loss holds a traced value what to do.
     """
 
     # New functions: see `trace`.
@@ -105,22 +106,22 @@ def of_loss(
     try:
         traced = trace(value, *arguments)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: loss must be {kind}, got one that fails: {error}") from error
+        raise ValueError(f"{who} must be {kind}, got one that fails: {error}") from error
     shapes, expected = [result.shape for result in traced.out_avals], arguments[0].shape
     if shapes != [expected]:
         raise ValueError(
-            f"{name}: loss must return one number per logit, of shape {expected} for logits of "
+            f"{who} must return one number per logit, of shape {expected} for logits of "
             f"that shape, got {shapes[0] if len(shapes) == 1 else shapes}; a loss of jaxbce goes "
             "in as jaxbce.Loss(loss)"
         )
     if not jnp.issubdtype(traced.out_avals[0].dtype, jnp.floating):
-        raise TypeError(f"{name}: loss must return floats, got {traced.out_avals[0].dtype}")
+        raise TypeError(f"{who} must return floats, got {traced.out_avals[0].dtype}")
     programs = [traced]
     for derivative in (all_gradients, logits_gradients, second_derivatives):
         # A loss may have no derivative, as one with a loop of unknown length.
         with contextlib.suppress(NotImplementedError, TypeError, ValueError):
             programs.append(trace(derivative, *arguments))
-    who, if_traced = f"{name}: loss", f"of which it would lose the gradient; {remedy}"
+    if_traced = f"of which it would lose the gradient; {remedy}"
     return tuple(equation for each in programs for equation in read(each, who, if_traced))
 
 

@@ -17,6 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 import jaxbce
 from jaxbce import _checks, _flax, _math, _placement
 from jaxbce._head import arguments as _arguments
+from jaxbce._head import mesh as _mesh
 from jaxbce._reduce import Reduction, ScalarReduction
 
 R = TypeVar("R")
@@ -98,6 +99,16 @@ class MultiLabelHead(nnx.Module):
     ) -> None:
         if prior is not None and not use_bias:
             raise ValueError("MultiLabelHead: prior sets the bias, got use_bias=False")
+        _checks.check_size("MultiLabelHead", "in_features", in_features)
+        _checks.check_size("MultiLabelHead", "num_labels", num_labels)
+        _mesh.PlanOptions.checked(
+            "MultiLabelHead",
+            transpose_kernel,
+            chunk_size,
+            mesh,
+            batch_axis=batch_axis,
+            label_axis=label_axis,
+        )
         self.in_features = in_features
         self.num_labels = num_labels
         self.dtype = dtype
@@ -234,9 +245,9 @@ class MultiLabelHead(nnx.Module):
         gradient, count = step.features_gradient.astype(given.dtype), optimizer.step[...] + 1
         # All is computed; only now is anything written.
         for name, variable in own.items():
-            variable[...] = step.params[name]
+            _flax.put(variable, step.params[name])
         _flax.write(optimizer, jax.tree.leaves(step.opt_state))
-        optimizer.step[...] = count
+        _flax.put(optimizer.step, count)
         return step.loss, gradient
 
     def update_with_encoder(
@@ -301,7 +312,7 @@ class MultiLabelHead(nnx.Module):
 
         features, backward, changed = jax.vjp(encode, weights, has_aux=True)
         # Traced before the step writes anything: a rule of the encoder may raise.
-        jax.eval_shape(backward, _checks.floating("MultiLabelHead", "features", features))
+        jax.eval_shape(backward, self._checked(features))
         loss, slope = self.update(optimizer, features, **arguments)
         nnx.update(nodes, changed)
         (gradients,) = backward(slope)
@@ -340,11 +351,19 @@ class MultiLabelHead(nnx.Module):
             return jnp.promote_types(*map(_math.multiplied_in, dtypes))
 
     def _checked(self, features: ArrayLike) -> jax.Array:
+        (features,) = _checks.jit_arguments("MultiLabelHead", features=features)
         features = _checks.floating("MultiLabelHead", "features", features)
         if features.shape[-1:] != (self.in_features,):
             raise ValueError(
                 f"MultiLabelHead: features must have shape (..., {self.in_features}), got "
                 f"{features.shape}"
+            )
+        held = self.num_labels + self._padding()
+        if self.bias is not None and self.bias.shape != (held,):
+            raise ValueError(
+                f"MultiLabelHead: kernel and bias must be of the same number of labels, got {held} "
+                f"and {self.bias.shape[0]}, of which {self.num_labels} are labels and the others "
+                "fill up the devices of the mesh; make a table that the head shares as large"
             )
         return features
 

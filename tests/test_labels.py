@@ -209,8 +209,11 @@ def test_positives_from_a_matrix_of_scipy(container, kind, rng):
 
 
 def test_a_sparse_matrix_may_hold_an_entry_twice():
-    rows = scipy.sparse.csr_matrix((np.ones(3), [0, 0, 0], [0, 3]), shape=(1, 2))
-    np.testing.assert_array_equal(jaxbce.positives_from_rows(rows), [[0, 0, 0]])
+    """Its entries add up, here to 3 and to 0, and the matrix stays as it is."""
+    parts = np.array([1.0, 1, 1, 1, -1]), [0, 0, 0, 1, 1], [0, 3, 5]
+    rows = scipy.sparse.csr_matrix(parts, shape=(2, 2))
+    np.testing.assert_array_equal(jaxbce.positives_from_rows(rows), [[0], [-1]])
+    assert rows.nnz == 5
 
 
 def test_what_the_mask_of_a_row_hides_is_left_out():
@@ -230,7 +233,7 @@ def test_scipy_is_not_imported_for_rows():
     [
         ([[1], [], [2, 3, 4, 5]], ValueError, r"at most 3 ids .*got 4 in row 2; pass .*=4,"),
         ([[1] * 4, [], [2] * 6], ValueError, "got 4 in row 0; pass max_positives=6, the longest"),
-        ([[], [], [2, 3], [4, -1]], ValueError, r"\[0, 2147483647\], got -1 in row 3; .* padding"),
+        ([[], [], [2, 3], [4, -1]], ValueError, r"\[0, 2147483647\], got -1 in row 3; .* padded"),
     ],
     ids=["too long", "two too long", "negative"],
 )

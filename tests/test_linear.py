@@ -592,6 +592,19 @@ def test_top_k_is_that_of_the_dense_logits(k, chunk_size, rng):
     np.testing.assert_array_equal(got[1], expected[1])
 
 
+@pytest.mark.parametrize("chunk_size", [None, 2, 5], ids="chunk={}".format)
+def test_zeros_of_both_signs_are_equal_logits(chunk_size):
+    """The lowest label is first, and each has its gradient."""
+    features, kernel = -np.ones((2, 1), np.float32), np.zeros((1, LABELS), np.float32)
+    kernel[0, ::2] = -0.0
+
+    values, ids = jaxbce.linear_top_k(features, kernel, k=4, chunk_size=chunk_size)
+    np.testing.assert_array_equal(ids, [[0, 1, 2, 3]] * 2)
+    assert not np.signbit(values).any()
+    slopes = jax.grad(lambda b: jaxbce.linear_top_k(features, kernel, b, k=4)[0].sum())
+    np.testing.assert_array_equal(slopes(jnp.zeros(LABELS))[:5], [2, 2, 2, 2, 0])
+
+
 def test_top_k_holds_no_logits():
     def top(features, kernel, bias, positives):
         return jaxbce.linear_top_k(features, kernel, bias, k=10, chunk_size=4096)

@@ -4,6 +4,7 @@ import functools
 import inspect
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -813,6 +814,75 @@ def test_padding_changes_no_error(call, unchanged):
     assert error_of(call, padded) == error_of(call, alone)
 
 
+@pytest.mark.parametrize("writable", [True, False], ids=["writable", "read-only"])
+@pytest.mark.parametrize("optimizer_too", [False, True], ids=["head", "head and optimizer"])
+def test_arrays_of_numpy_that_were_loaded_stay_as_they_are(writable, optimizer_too):
+    """As `np.load` or `jax.device_get` gives them: a step replaces them in the modules."""
+    head, twin = make(), make()
+    optimizers = [nnx.Optimizer(each, optax.adam(0.1), wrt=nnx.Param) for each in (head, twin)]
+    modules = (head, optimizers[0]) if optimizer_too else (head,)
+    loaded = jax.tree.map(np.array, nnx.state(modules))
+    for leaf in jax.tree.leaves(loaded):
+        leaf.flags.writeable = writable
+    before = jax.tree.map(np.copy, loaded)
+    nnx.update(modules, loaded)
+    for each, optimizer in zip((head, twin), optimizers, strict=True):
+        each.update(optimizer, features(), positives=POSITIVES)
+    chex.assert_trees_all_equal(loaded, before)
+    chex.assert_trees_all_equal(nnx.state(head), nnx.state(twin))
+    assert isinstance(head.kernel[...], jax.Array)
+
+
+@pytest.mark.parametrize("method", ["loss", "update", "top_k", "__call__"])
+def test_a_shared_table_without_room_for_the_padding(method, mesh):
+    head = MultiLabelHead(
+        WIDTH, 5, mesh=mesh, label_axis="batch", transpose_kernel=True, rngs=nnx.Rngs(0)
+    )
+    optimizer = optimizer_of(head)
+    head.kernel = nnx.Embed(5, WIDTH, rngs=nnx.Rngs(1)).embedding
+    calls = {
+        "loss": lambda: head.loss(features(), positives=POSITIVES % 5),
+        "update": lambda: head.update(optimizer, features(), positives=POSITIVES % 5),
+        "top_k": lambda: head.top_k(features(), 2),
+        "__call__": lambda: head(features()),
+    }
+    with pytest.raises(ValueError, match="same number of labels, got 5 and 8, of which 5 are lab"):
+        calls[method]()
+
+
+def test_a_further_parameter_is_named():
+    head = make()
+    head.temperature = nnx.Param(jnp.ones(()))
+    with pytest.raises(ValueError, match="wrt that also selects temperature; leave that out by"):
+        head.update(optimizer_of(head), features(), positives=POSITIVES)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_labels": 10.0}, "num_labels must be an int of at least 1, got 10.0"),
+        ({"in_features": 0}, "in_features must be an int of at least 1, got 0"),
+        ({"label_axis": "labels"}, "mesh and batch_axis or label_axis go together"),
+        ({"chunk_size": 0}, "chunk_size must be an int of at least 1, got 0"),
+    ],
+    ids=["num_labels", "in_features", "label_axis", "chunk_size"],
+)
+def test_a_wrong_option_is_found_where_the_head_is_made(options, message):
+    sizes = {"in_features": WIDTH, "num_labels": LABELS}
+    with pytest.raises(ValueError, match=f"MultiLabelHead: {message}"):
+        MultiLabelHead(**(sizes | options), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("method", ["__call__", "loss", "update"])
+def test_features_that_are_a_list_are_refused(method):
+    """As the functions refuse them, and what an encoder returns beside its features."""
+    head, rows = make(), [features()[0], features()[1]]
+    arguments = {"positives": POSITIVES[:2]} if method != "__call__" else {}
+    first = (optimizer_of(head),) if method == "update" else ()
+    with pytest.raises(TypeError, match="features must be an array or a number, got list"):
+        getattr(head, method)(*first, rows, **arguments)
+
+
 # --- an encoder and the head in one call ---------------------------------------------------------
 
 
@@ -910,7 +980,7 @@ def no_derivative(_, slope):
 without_derivative.defvjp(lambda x: (x, None), no_derivative)
 BAD_ENCODERS = {
     "no derivative": (without_derivative, ArithmeticError, "no derivative"),
-    "rows": (list, (TypeError, ValueError), "ree structure"),
+    "rows": (list, TypeError, "features must be an array or a number, got list"),
     "integers": (jnp.int32, TypeError, "features must be floating-point, got int32"),
 }
 
@@ -997,7 +1067,18 @@ def test_an_encoder_with_parameters_that_are_no_floats_is_refused():
         head.update_with_encoder(of_head, Permuted(), features(), positives=POSITIVES, train=True)
     with pytest.raises(ValueError, match=r"one of positives and labels must be given, got neither"):
         head.update_with_encoder(of_head, Permuted(), features(), POSITIVES)
+    several = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="features must be an array or a number, got tuple"):
+        head.update_with_encoder(of_head, Both(several), features(), positives=POSITIVES)
     assert of_head.step[...] == 0
+
+
+class Both(nnx.Module):
+    def __init__(self, linear):
+        self.linear = linear
+
+    def __call__(self, inputs):
+        return self.linear(inputs), inputs
 
 
 def test_an_encoder_that_cannot_be_trained_apart():

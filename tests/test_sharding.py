@@ -230,6 +230,14 @@ def test_over_one_device_nothing_is_reduced(rng):
 # --- top k ---------------------------------------------------------------------------------------
 
 
+@every_layout
+def test_zeros_of_both_signs_are_equal_logits_on_a_mesh(axes, mesh):
+    features, kernel = -np.ones((ROWS, 1), np.float32), np.zeros((1, LABELS), np.float32)
+    kernel[0, ::2] = -0.0
+    _, ids = jaxbce.linear_top_k(features, kernel, k=9, mesh=mesh, chunk_size=3, **axes)
+    np.testing.assert_array_equal(ids, [range(9)] * ROWS)
+
+
 @pytest.mark.parametrize("k", [1, 5, 9, LABELS], ids="k={}".format)
 @every_layout
 def test_top_k_is_that_of_the_dense_logits(axes, k, mesh, rng):

@@ -101,7 +101,7 @@ def _read(
         chunk = (
             f"a function of a chunk of any size, as {labels} labels, with its arrays by per_label"
         )
-        return _program.of_loss(name, loss, arrays, remedy, chunk)
+        return _program.of_loss(f"{name}: loss", loss, arrays, remedy, chunk)
 
 
 @functools.lru_cache(maxsize=256)  # a pass is traced several times

@@ -38,10 +38,11 @@ def layout_of(name: str, optimizer: Any, params: Any, opt_state: Any, transposed
 
     It is the axis that grows where `optimizer.init` is traced with one label more.
     """
-    if not isinstance(params, dict) or not {"kernel"} <= params.keys() <= {"kernel", "bias"}:
+    if type(params) is not dict or not {"kernel"} <= params.keys() <= {"kernel", "bias"}:
         raise TypeError(
             f'{name}: params must be a dict of "kernel" and, if there is one, "bias", got '
-            f"{list(params) if isinstance(params, dict) else type(params).__name__}"
+            f"{list(params) if type(params) is dict else type(params).__name__}; make dict(params) "
+            "before optimizer.init"
         )
     try:
         hash(optimizer)

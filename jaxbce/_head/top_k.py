@@ -12,7 +12,7 @@ from jax.lax import dynamic_slice_in_dim
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
-from jaxbce import _checks, _placement
+from jaxbce import _checks, _math, _placement
 from jaxbce._head import arguments
 from jaxbce._head.chunks import Plan, chunk_logits
 from jaxbce._head.mesh import MeshPlan, PlanOptions
@@ -122,6 +122,14 @@ def _top_k(
     return values.reshape(*lead, k), ids.reshape(*lead, k)
 
 
+# without_sign(x) = x. `jax.lax.top_k` orders NaN and 0 by their signs: that of a NaN is left to
+# chance, and two zeros are equal logits.
+without_sign = _math.with_jvp(
+    lambda x: jnp.where(jnp.isnan(x), jnp.nan, jnp.where(x == 0, 0, x)),
+    lambda x: (jnp.where(jnp.isnan(x), 0, jnp.ones_like(x)),),
+)
+
+
 def best(values: jax.Array, ids: jax.Array, k: int) -> Candidates:
     """The k highest of the candidates of each row; of equal ones, the first."""
     values, order = jax.lax.top_k(values, k)
@@ -146,8 +154,7 @@ def candidates(plan: Plan, wanted: Wanted, layer: Layer) -> Candidates:
             # A bias of −∞ would not do: of an infinite feature the logits of padding are NaN.
             is_label = id_of_start + jnp.arange(size, dtype=jnp.int32)[None] < wanted.num_labels
             logits = jnp.where(is_label, logits, -jnp.inf)
-        # `jax.lax.top_k` orders NaN by its sign, which is left to chance.
-        values, ids = jax.lax.top_k(jnp.where(jnp.isnan(logits), jnp.nan, logits), k)
+        values, ids = jax.lax.top_k(without_sign(logits), k)
         return values, ids + id_of_start
 
     def step(found: Candidates, start: jax.Array) -> tuple[Candidates, None]:

@@ -277,7 +277,7 @@ def positives_from_rows(rows: Any, max_positives: int | None = None) -> jax.Arra
         row = np.searchsorted(np.cumsum(lengths), at, side="right")
         raise ValueError(
             f"{name}: rows must hold ids in [0, {np.iinfo(np.int32).max}], got {int(ids[at])} in "
-            f"row {row}; number the labels from 0, and leave out padding"
+            f"row {row}; number the labels from 0; rows padded with -1 are positives as they are"
         )
     longest = int(lengths.max(initial=0))
     # Ids of 0 and 1 alone may be right in lists, and in a sparse matrix that holds an entry twice.
@@ -302,6 +302,9 @@ def positives_from_rows(rows: Any, max_positives: int | None = None) -> jax.Arra
 
 def _of_csr(matrix: Any) -> tuple[np.ndarray, np.ndarray]:
     """The columns of what is not 0 in a CSR matrix, row after row, and how many each row has."""
+    if not getattr(matrix, "has_canonical_format", True):
+        matrix = matrix.copy()
+        matrix.sum_duplicates()  # entries of one place may add up to 0
     start = np.asarray(matrix.indptr)
     kept = np.asarray(matrix.data)[: start[-1]] != 0
     before = np.concatenate([[0], np.cumsum(kept)])

@@ -45,7 +45,7 @@ class MultiLabelHead(nnx.Module):
       kernel_init: initialiser of the kernel [D, L], also where that is transposed afterwards.
       dtype: in which features and kernel are multiplied; None promotes theirs.
       param_dtype: of kernel and bias. With a kernel in float8 the bias is in float32, because a
-        log-odds of −9 would be off by up to a half.
+        log-odds below −8 would be off by up to a half.
       transpose_kernel: True keeps the kernel as a table [L, D], the shape of an `nnx.Embed` of the
         labels, whose table the head can then share.
       chunk_size: number of labels at a time, as in `linear_bce_with_logits`; None chooses.

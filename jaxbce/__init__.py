@@ -57,10 +57,6 @@ __all__ = [
 __version__ = "0.3.0"
 
 
-def __dir__() -> list[str]:
-    return [*__all__, "nnx"]
-
-
 def __getattr__(name: str) -> object:
     """Imports `jaxbce.nnx`, and with it Flax, when it is first used."""
     if name == "nnx":

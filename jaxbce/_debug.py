@@ -62,7 +62,7 @@ def checked(fn: Callable[P, R]) -> Callable[P, R]:
         for values in jax.tree.leaves((args, kwargs)):
             _refuse_traced(values)
             _checks.check_narrowing("checked", "an argument", values)
-        if "flax.nnx" in sys.modules:  # else there are no modules
+        if hasattr(sys.modules.get("flax.nnx"), "Pytree"):  # else there are no modules
             flax = importlib.import_module("jaxbce._flax")
             result: R = flax.on_copies(_run, fn, args, kwargs)
             return result

@@ -83,7 +83,8 @@ def taken(
     if further := sorted(trained - own.keys()):
         raise ValueError(
             f"MultiLabelHead: update trains kernel and bias, got a wrt that also selects "
-            f"{further[0]}; leave that out by wrt, or train all with MultiLabelHead.loss"
+            f"{further[0]}; hold that in another kind of nnx.Variable, or train all with "
+            "MultiLabelHead.loss"
         )
     tx = OfHead(optimizer.tx, frozenset(trained & own.keys()))
     places = _places(optimizer.opt_state)
@@ -144,27 +145,33 @@ def on_copies(
     """run(fn, *args, **kwargs) where `run` traces fn, and NNX modules among its arguments change.
 
     A trace may change only modules that it has made. So fn gets copies. Afterwards the modules take
-    over what has become of these.
+    over what has become of these, as they do under `nnx.jit`.
     """
-    leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_module)
-    modules = tuple(filter(_is_module, leaves))
-    others = [leaf for leaf in leaves if not _is_module(leaf)]
-    graph, state = nnx.split(modules)
+    leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_node)
+    others = [leaf for leaf in leaves if not _is_node(leaf)]
+    update = "jaxbce.checked"
 
     def pure(state: Any, others: Any) -> Any:
-        copies = nnx.merge(graph, state, copy=True)
+        with nnx.merge_context(update, inner=True) as context:
+            copies = context.merge(graph, state)
         sources = {True: iter(copies), False: iter(others)}
-        given = [next(sources[_is_module(leaf)]) for leaf in leaves]
-        args, kwargs = jax.tree.unflatten(structure, given)
-        return fn(*args, **kwargs), nnx.state(copies)
+        args, kwargs = jax.tree.unflatten(structure, [next(sources[_is_node(x)]) for x in leaves])
+        result = fn(*args, **kwargs)
+        with nnx.split_context(update) as context:
+            return context.split((copies, result))
 
-    result, state = run(pure, state, others)
-    nnx.update(modules, state)
+    with nnx.update_context(update):
+        with nnx.split_context(update) as context:
+            graph, state = context.split(tuple(filter(_is_node, leaves)))
+        state = jax.tree.map(jnp.array, state)  # fn may donate arrays, or write into those of NumPy
+        changed = run(pure, state, others)
+        with nnx.merge_context(update, inner=False) as context:
+            _, result = context.merge(*changed)
     return result
 
 
-def _is_module(value: Any) -> bool:
-    return isinstance(value, nnx.Pytree)
+def _is_node(value: Any) -> bool:
+    return isinstance(value, nnx.Pytree | nnx.Variable)
 
 
 def write(optimizer: nnx.Optimizer[Any], values: list[jax.Array]) -> None:

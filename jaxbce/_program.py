@@ -111,8 +111,8 @@ def of_loss(
     if shapes != [expected]:
         raise ValueError(
             f"{who} must return one number per logit, of shape {expected} for logits of "
-            f"that shape, got {shapes[0] if len(shapes) == 1 else shapes}; a loss of jaxbce goes "
-            "in as jaxbce.Loss(loss)"
+            f"that shape, got {shapes[0] if len(shapes) == 1 else shapes}; do not reduce it, and "
+            "make jaxbce.Loss(loss) of one of jaxbce"
         )
     if not jnp.issubdtype(traced.out_avals[0].dtype, jnp.floating):
         raise TypeError(f"{who} must return floats, got {traced.out_avals[0].dtype}")

@@ -119,7 +119,7 @@ class MultiLabelHead(nnx.Module):
         self.label_axis = label_axis
 
         axes, shape = _placement.names_of(label_axis), {} if mesh is None else mesh.shape
-        padding = -num_labels % math.prod(shape.get(axis, 1) for axis in axes)
+        padding = -num_labels % math.prod(shape[axis] for axis in axes)
 
         product = _math.multiplied_in(param_dtype)
         bias_dtype = param_dtype if product == param_dtype else jnp.float32
@@ -242,7 +242,10 @@ class MultiLabelHead(nnx.Module):
             reduction=reduction,
             rounding_key=rounding_key,
         )
-        gradient, count = step.features_gradient.astype(given.dtype), optimizer.step[...] + 1
+        gradient, count = (
+            step.features_gradient.astype(given.dtype),
+            jnp.asarray(optimizer.step[...]) + 1,
+        )
         # All is computed; only now is anything written.
         for name, variable in own.items():
             _flax.put(variable, step.params[name])
@@ -311,6 +314,11 @@ class MultiLabelHead(nnx.Module):
             return model(*given), nnx.state(merged)
 
         features, backward, changed = jax.vjp(encode, weights, has_aux=True)
+        if not isinstance(features, jax.Array):
+            raise TypeError(
+                "MultiLabelHead: encoder must return the features alone, got "
+                f"{type(features).__name__}; call it in a module that returns them"
+            )
         # Traced before the step writes anything: a rule of the encoder may raise.
         jax.eval_shape(backward, self._checked(features))
         loss, slope = self.update(optimizer, features, **arguments)
@@ -359,11 +367,12 @@ class MultiLabelHead(nnx.Module):
                 f"{features.shape}"
             )
         held = self.num_labels + self._padding()
-        if self.bias is not None and self.bias.shape != (held,):
+        expected = self.num_labels if self.bias is None else self.bias.shape[0]
+        if held < expected or (self.bias is not None and held != expected):
             raise ValueError(
-                f"MultiLabelHead: kernel and bias must be of the same number of labels, got {held} "
-                f"and {self.bias.shape[0]}, of which {self.num_labels} are labels and the others "
-                "fill up the devices of the mesh; make a table that the head shares as large"
+                f"MultiLabelHead: kernel must be of {expected} labels, as the bias is, got {held}; "
+                f"a table that the head shares needs as many rows: {self.num_labels} labels, and "
+                "what fills up the devices of the mesh"
             )
         return features
 

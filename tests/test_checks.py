@@ -794,7 +794,7 @@ def modules(step):
 
 def numbers_of(*held):
     """Every array of the modules but random keys, as it is now."""
-    return jax.tree.map(np.asarray, nnx.state(held, nnx.Not(nnx.RngKey)))
+    return jax.tree.map(np.array, nnx.state(held, nnx.Not(nnx.RngKey)))
 
 
 @pytest.mark.parametrize("jit", [nnx.jit, lambda step: step], ids=["nnx.jit", "eager"])
@@ -815,6 +815,78 @@ def test_checked_steps_change_their_modules_as_without(step, jit):
     with pytest.raises(ValueError, match=r"labels must be in \[0, 1\], got 2"):
         jaxbce.checked(jit(step))(model, optimizer, features, 2 * labels, **named)
     chex.assert_trees_all_equal(numbers_of(model, optimizer, named), changed)
+
+
+class Counting(nnx.Module):
+    """With what `nnx.jit` carries over and an array is not: an attribute, a mode, a tuple."""
+
+    def __init__(self):
+        self.layer = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+        self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+        self.pair = nnx.data((jnp.zeros(2), jnp.ones(2)))
+        self.calls = 0
+
+    def __call__(self, features):
+        self.calls += 1
+        return self.dropout(self.layer(features))
+
+
+def scaled(node, by):
+    """Changes a module or a Variable, and returns a loss."""
+    weight = node.layer.kernel if isinstance(node, Counting) else node
+    weight[...] *= by
+    return jaxbce.bce_with_logits(X @ weight[...], X, reduction="sum")
+
+
+STEPS = {
+    "module twice": (lambda m, by: (m, m, by), lambda a, b, by: (a is b, scaled(a, by))),
+    "shared Variable": (
+        lambda m, by: (m, m.layer.kernel, by),
+        lambda m, kernel, by: (scaled(kernel, by), m.layer.kernel[...]),
+    ),
+    "in a dict": (lambda m, by: ({"a": (m, by)},), lambda d: scaled(*d["a"])),
+    "attribute": (lambda m, by: (m, by), lambda m, by: m(X * by)),
+    "mode": (lambda m, by: (m, by), lambda m, by: m.eval() or m(X * by)),
+    "returned": (lambda m, by: (m, by), lambda m, by: (m, scaled(m, by))),
+    "State": (lambda m, by: (nnx.state(m), by), lambda state, by: state["layer"]["bias"][...] * by),
+    "NumPy": (
+        lambda m, by: (nnx.update(m.layer, jax.tree.map(np.array, nnx.state(m.layer))) or m, by),
+        scaled,
+    ),
+}
+
+
+@pytest.mark.parametrize("jit", [nnx.jit, lambda step: step], ids=["nnx.jit", "eager"])
+@pytest.mark.parametrize(("given", "step"), STEPS.values(), ids=STEPS)
+def test_checked_gives_modules_as_they_are(given, step, jit):
+    """As `nnx.jit` does, whatever they hold and wherever among the arguments they are."""
+    model, twin = Counting(), Counting()
+    got = jaxbce.checked(jit(step))(*given(model, 2.0))
+    expected = jit(step)(*given(twin, 2.0))
+    chex.assert_trees_all_close(numbers_of(model), numbers_of(twin), rtol=1e-6)
+    chex.assert_trees_all_close(numbers_of(got), numbers_of(expected), rtol=1e-6)
+    assert (model.calls, model.dropout.deterministic) == (twin.calls, twin.dropout.deterministic)
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["JAX", "NumPy"])
+def test_a_step_under_checked_that_fails_or_donates_leaves_the_modules(loaded):
+    model = Counting()
+    if loaded:
+        nnx.update(model.layer, jax.tree.map(np.array, nnx.state(model.layer)))
+    before = numbers_of(model)
+
+    def failing(model, labels):
+        scaled(model, 2.0)
+        return jaxbce.bce_with_logits(X, labels)
+
+    donating = nnx.jit(failing, donate_argnums=0)
+    for step in (failing, donating):
+        with pytest.raises(ValueError, match="labels must be in"):
+            jaxbce.checked(step)(model, X + 2)
+        chex.assert_trees_all_equal(numbers_of(model), before)
+    with pytest.raises(ValueError, match="labels must have the shape"):
+        jaxbce.checked(failing)(model, X[0])
+    chex.assert_trees_all_equal(numbers_of(model), before)
 
 
 def test_checked_finds_a_multi_hot_array_in_place_of_ids():

@@ -213,7 +213,12 @@ def test_a_sparse_matrix_may_hold_an_entry_twice():
     parts = np.array([1.0, 1, 1, 1, -1]), [0, 0, 0, 1, 1], [0, 3, 5]
     rows = scipy.sparse.csr_matrix(parts, shape=(2, 2))
     np.testing.assert_array_equal(jaxbce.positives_from_rows(rows), [[0], [-1]])
-    assert rows.nnz == 5
+    assert rows.indices.tolist() == parts[1]
+
+
+def test_the_ids_of_a_sparse_matrix_ascend():
+    rows = scipy.sparse.csr_matrix((np.ones(2), [2, 0], [0, 2]), shape=(1, 3))
+    np.testing.assert_array_equal(jaxbce.positives_from_rows(rows), [[0, 2]])
 
 
 def test_what_the_mask_of_a_row_hides_is_left_out():
@@ -503,6 +508,10 @@ def test_known_labels_outside_of_0_and_1_are_refused(fn, labels, got):
     kept = np.where(inside, labels, 0)
     np.testing.assert_array_equal(fn(labels, where=inside), fn(kept, where=inside))
     jax.jit(fn)(labels)
+    jax.jit(lambda where: fn(labels, where=where))(inside)
+    np.testing.assert_array_equal(
+        fn(inside, where=inside[:1]), fn(inside.astype(int), where=inside[:1])
+    )
 
 
 # --- class balance -----------------------------------------------------------------------------

@@ -601,17 +601,43 @@ def test_zeros_of_both_signs_are_equal_logits(chunk_size):
     values, ids = jaxbce.linear_top_k(features, kernel, k=4, chunk_size=chunk_size)
     np.testing.assert_array_equal(ids, [[0, 1, 2, 3]] * 2)
     assert not np.signbit(values).any()
-    slopes = jax.grad(lambda b: jaxbce.linear_top_k(features, kernel, b, k=4)[0].sum())
-    np.testing.assert_array_equal(slopes(jnp.zeros(LABELS))[:5], [2, 2, 2, 2, 0])
+
+    def top(bias):
+        return jaxbce.linear_top_k(features, kernel, bias, k=4, chunk_size=chunk_size)[0]
+
+    zero, one = jnp.zeros(LABELS), jnp.ones(LABELS)
+    expected = [2, 2, 2, 2, 0]
+    np.testing.assert_array_equal(jax.grad(lambda bias: top(bias).sum())(zero)[:5], expected)
+    np.testing.assert_array_equal(jax.jvp(top, (zero,), (one,))[1], np.ones((2, 4)))
+    curvature = jax.hessian(lambda bias: (top(bias) ** 2).sum() / 2)(zero)
+    np.testing.assert_array_equal(np.diag(curvature)[:5], expected)
 
 
-def test_top_k_holds_no_logits():
+def test_a_nan_logit_comes_first_and_has_a_gradient():
+    features, kernel = np.ones((1, 1), np.float32), np.arange(6, dtype=np.float32)[None]
+    bias = jnp.zeros(6).at[2].set(jnp.nan)
+
+    def top(bias):
+        return jaxbce.linear_top_k(features, kernel, bias, k=2, chunk_size=3)
+
+    assert top(bias)[1].tolist() == [[2, 5]]
+    np.testing.assert_array_equal(jax.jacrev(lambda b: top(b)[0][0, 1])(bias), [0, 0, 0, 0, 0, 1])
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["value", "gradient"])
+def test_top_k_holds_no_logits(gradient):
     def top(features, kernel, bias, positives):
         return jaxbce.linear_top_k(features, kernel, bias, k=10, chunk_size=4096)
 
-    compiled = lowered(top).compile()
+    def slopes(*arrays):
+        return jax.grad(lambda features: top(features, *arrays[1:])[0].sum())(arrays[0])
+
+    compiled = lowered(slopes if gradient else top).compile()
     assert max(map(int, re.findall(r"\[256,(\d+)\]", compiled.as_text()))) == 4096
-    assert compiled.memory_analysis().temp_size_in_bytes <= 6 * 256 * 4096 * 4
+    kept = (
+        128 * 131_072 * 4 if gradient else 0
+    )  # the chunks of the kernel; all logits are twice that
+    assert compiled.memory_analysis().temp_size_in_bytes <= kept + 6 * 256 * 4096 * 4
 
 
 @pytest.mark.parametrize("k", [0, LABELS + 1, 2.0, True], ids="k={}".format)

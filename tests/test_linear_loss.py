@@ -255,7 +255,7 @@ BAD = {
         jaxbce.focal_loss,
         (),
         ValueError,
-        r"one number per logit, of shape \(2, 3\) .*goes in as jaxbce.Loss\(loss\)",
+        r"one number per logit, of shape \(2, 3\) .*jaxbce.Loss\(loss\) of one",
     ),
     "integers": (lambda x, y: x > y, (), TypeError, "loss must return floats, got bool"),
     "no function": ("bce", (), TypeError, r"loss must be a function of \(logits, labels"),

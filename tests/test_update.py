@@ -1,6 +1,7 @@
 """A step of the optimizer inside the pass against gradient, update and application apart."""
 
 import functools
+from collections import OrderedDict
 
 import jax
 import jax.experimental
@@ -875,6 +876,11 @@ ERRORS = {
         {"params": KERNEL, "opt_state": ()},
         TypeError,
         'params must be a dict of "kernel"',
+    ),
+    "ordered": (
+        {"params": OrderedDict(kernel=KERNEL), "opt_state": ()},
+        TypeError,
+        r'params must be a dict .* got OrderedDict; pass \{"kernel": kernel, .*init of it',
     ),
     "other names": (
         {"params": {"kernel": KERNEL, "scale": KERNEL}},

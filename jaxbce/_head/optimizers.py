@@ -41,8 +41,8 @@ def layout_of(name: str, optimizer: Any, params: Any, opt_state: Any, transposed
     if type(params) is not dict or not {"kernel"} <= params.keys() <= {"kernel", "bias"}:
         raise TypeError(
             f'{name}: params must be a dict of "kernel" and, if there is one, "bias", got '
-            f"{list(params) if type(params) is dict else type(params).__name__}; make dict(params) "
-            "before optimizer.init"
+            f"{list(params) if type(params) is dict else type(params).__name__}; pass "
+            '{"kernel": kernel, "bias": bias}, and optimizer.init of it'
         )
     try:
         hash(optimizer)

@@ -31,9 +31,9 @@ def check(name: str, key: Any, params: Any, opt_state: Any) -> None:
         jax.eval_shape(key_of, key, 0)
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f"{name}: rounding_key must be one key of jax.random, got {type(key).__name__} of "
-            f"shape {getattr(key, 'shape', None)}; make one for each step, "
-            "jax.random.fold_in(key, step), or take it of an nnx.Rngs, rngs.params()"
+            f"{name}: rounding_key must be one key of jax.random, got {type(key).__name__}"
+            f"{getattr(key, 'shape', '')}; make one for each step, by jax.random.fold_in(key, step)"
+            " or by rngs.params() of an nnx.Rngs"
         ) from error
 
 

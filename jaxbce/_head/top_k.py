@@ -126,7 +126,7 @@ def _top_k(
 # chance, and two zeros are equal logits.
 without_sign = _math.with_jvp(
     lambda x: jnp.where(jnp.isnan(x), jnp.nan, jnp.where(x == 0, 0, x)),
-    lambda x: (jnp.where(jnp.isnan(x), 0, jnp.ones_like(x)),),
+    lambda x: (jnp.ones((), x.dtype),),
 )
 
 

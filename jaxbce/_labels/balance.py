@@ -171,21 +171,22 @@ def _check_known(name: str, labels: Any, where: Any) -> None:
 
     A loss leaves that to `checked`, because it runs in every step. This runs once.
     """
+    if jnp.issubdtype(jnp.result_type(labels), jnp.bool_):
+        return
     extremes = _extremes(labels, where)
     if isinstance(extremes[0], jax.core.Tracer):
         return
     for value in jax.device_get(extremes):
         if not 0 <= value <= 1:
             raise ValueError(
-                f"{name}: labels must be in [0, 1], got {value}; label ids are positives=..., and "
-                "what is unknown is left out by where"
+                f"{name}: labels must be in [0, 1], got {value}; label ids are positives=..., what "
+                "is unknown is left out by where, and jax.numpy.clip mends what is rounded"
             )
 
 
 @_placement.compiled(result=_placement.replicated, results=2)
 def _extremes(labels: Any, where: Any) -> tuple[jax.Array, jax.Array]:
     """The smallest and the largest of the labels that are kept."""
-    labels = labels.astype(jnp.int8) if labels.dtype == bool else labels
     labels = labels if where is None else jnp.where(where, labels, 0)
     return jnp.min(labels, initial=0), jnp.max(labels, initial=0)
 

@@ -252,8 +252,8 @@ def positives_from_rows(rows: Any, max_positives: int | None = None) -> jax.Arra
         rows are a multi-hot array, or max_positives is not a non-negative int. The error names the
         row.
 
-    Edge values: a row may be empty. Duplicates stay, and count once wherever jaxbce takes ids. No
-    rows give an array [0, P].
+    Edge values: a row may be empty. Duplicates stay, and count once wherever jaxbce takes ids; of a
+    sparse matrix, entries for one place add up. No rows give an array [0, P].
 
     Differentiable: no, the ids are integers.
 
@@ -280,10 +280,8 @@ def positives_from_rows(rows: Any, max_positives: int | None = None) -> jax.Arra
             f"row {row}; number the labels from 0; rows padded with -1 are positives as they are"
         )
     longest = int(lengths.max(initial=0))
-    # Ids of 0 and 1 alone may be right in lists, and in a sparse matrix that holds an entry twice.
-    # Three or more in each row of an array are not.
-    of_array = getattr(rows, "ndim", 1) == 2 and not hasattr(rows, "indptr")
-    if of_array and longest > 2 and not (ids > 1).any():
+    # Ids of 0 and 1 alone may be right in lists. Three or more in each row of an array are not.
+    if getattr(rows, "ndim", 1) == 2 and longest > 2 and not (ids > 1).any():
         raise ValueError(
             f"{name}: rows must be rows of ids, got an array of shape {rows.shape} of zeros and "
             "ones; for a multi-hot array use jaxbce.positives_from_multi_hot"

@@ -149,6 +149,8 @@ def on_copies(
     """
     leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=_is_node)
     others = [leaf for leaf in leaves if not _is_node(leaf)]
+    if len(others) == len(leaves):
+        return run(fn, *args, **kwargs)
     update = "jaxbce.checked"
 
     def pure(state: Any, others: Any) -> Any:

@@ -152,6 +152,7 @@ def test_the_head_moves_little_more_than_its_products(ratios, row):
 FITS = {
     "2^20 labels on one chip": "one_chip(head.chunked(), 2**20)",
     "a step of Adam on 2^20 labels on one chip": "step_on_one_chip('update', 2**20)",
+    "on 98,505 labels, which fill no tiles": "step_on_one_chip('update', 98_505)",
     "2^26 labels on 64 chips": "each_of_64_chips(2**26)",
     "a step on 2,812,281 labels in float8 on one chip, beside its kernel": (
         "amazon_on_one_chip('float8_e4m3fn') - 2_812_281 * 768"

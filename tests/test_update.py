@@ -937,3 +937,39 @@ def test_the_optimizer_of_another_module(rng):
     )
     with pytest.raises(ValueError, match="optimizer must be one of this head alone"):
         module.update(other, jnp.ones((1, WIDTH)), positives=jnp.array([[0]]))
+
+
+# --- a kernel that a TPU lays out as a table ---------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("axes", [{}, {"batch_axis": "data", "label_axis": "model"}], ids=len)
+def test_a_step_on_the_transposed_kernel_is_the_same(axes, dtype, mesh, monkeypatch, rng):
+    """The form for a TPU, run here: 200 columns on a device need less padding as rows."""
+    options = {"mesh": mesh, **axes} if axes else {}
+    width, labels = 128, 200 * (mesh.shape["model"] if axes else 1)
+    params = {"kernel": rng.normal(size=(width, labels)) / 11, "bias": rng.normal(size=labels)}
+    params = jax.tree.map(lambda array: jnp.asarray(array, dtype), params)
+    if dtype == "bfloat16":
+        options["rounding_key"] = jax.random.key(0)
+    features = jnp.asarray(rng.normal(size=(8, width)), dtype)
+    positives = jnp.asarray(rng.integers(-1, labels, (8, 5)))
+    forms_of_tpu = []
+    original = jax.lax.platform_dependent
+
+    def as_on_tpu(*arrays, **forms):
+        if "tpu" not in forms:
+            return original(*arrays, **forms)
+        forms_of_tpu.append(forms["tpu"])
+        return forms["tpu"](*arrays)
+
+    def step():
+        optimizer = optax.adamw(0.1)  # a new one is compiled anew
+        state = optimizer.init(params)
+        given = {"positives": positives, "chunk_size": 64, **options}
+        return jaxbce.linear_update(optimizer, features, params, state, **given)
+
+    expected = step()
+    monkeypatch.setattr(jax.lax, "platform_dependent", as_on_tpu)
+    assert_close(step(), expected)
+    assert forms_of_tpu

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -248,20 +248,41 @@ def _update(
         )
         return *sums, jax.tree.map(rounding.with_bits, arrays, by_label.dtypes), others
 
-    local = on_values
-    if any(rounding.is_float_below(array, 16) for array in params.values()):
-        # XLA on a CPU would convert all of the kernel to float16 and back for each chunk.
-        local = functools.partial(jax.lax.platform_dependent, cpu=on_bits, default=on_values)
+    def on_tables(operands: chunks.Operands, arrays: Any, others: Any, key: Any) -> Any:
+        def new_tables(slopes: Any, parts: Any, *rest: Any) -> tuple[Any, Any]:
+            new, new_others = new_parts(turned(slopes), turned(parts), *rest)
+            return turned(new), new_others
+
+        operands = operands._replace(kernel=operands.kernel.T)
+        axes = jax.tree.map(lambda array, axis: array.ndim - 1 - axis, arrays, by_label.axes)
+        held = by_label._replace(arrays=turned(arrays), axes=axes)
+        tables = dataclasses.replace(plan, transposed=True)
+        *sums, arrays, others = update_pass(tables, new_tables, operands, held, others, key)
+        return *sums, turned(arrays), others
+
+    def local(operands: chunks.Operands, arrays: Any, others: Any, key: Any) -> Any:
+        forms: dict[str, Any] = {}
+        if any(rounding.is_float_below(array, 16) for array in params.values()):
+            # XLA on a CPU would convert all of the kernel to float16 and back for each chunk.
+            forms["cpu"] = on_bits
+        if not plan.transposed and lies_transposed(operands.kernel):
+            forms["tpu"] = on_tables
+        given = operands, arrays, others, key
+        if not forms:
+            return on_values(*given)
+        return jax.lax.platform_dependent(*given, **forms, default=on_values)
+
+    run = local
     if isinstance(plan, MeshPlan):
         specs = plan.specs()
         placed = jax.tree.map(plan.spec_of_labels, by_label.arrays, by_label.axes)
         whole = jax.tree.map(lambda _: PartitionSpec(), (others, key))
-        local = plan.shard(
+        run = plan.shard(
             local,
             (plan.operand_specs(operands), placed, *whole),
             (specs["row_factor"], specs["features"], placed, whole[0]),
         )
-    by_row, d_features, (params, state), others = local(operands, by_label.arrays, others, key)
+    by_row, d_features, (params, state), others = run(operands, by_label.arrays, others, key)
     features = jnp.asarray(given.features)
     return LinearUpdate(
         chunks.scaled_sum(by_row, operands),
@@ -269,6 +290,25 @@ def _update(
         params,
         layout.join(state, others),
     )
+
+
+def lies_transposed(array: jax.Array) -> bool:
+    """Whether XLA on a TPU lays a matrix out column by column, because it needs less padding so.
+
+    Tiles have 128 columns, and 8 rows in float32. A step that reads and writes columns would copy
+    the matrix to lay it out row by row. A step on the transposed one, a table, copies nothing.
+    """
+    (rows, columns), tile = array.shape, 32 // array.dtype.itemsize
+
+    def padded(size: int, to: int) -> int:
+        return size + -size % to
+
+    return padded(columns, tile) * padded(rows, 128) < padded(rows, tile) * padded(columns, 128)
+
+
+def turned(arrays: Any) -> Any:
+    """The arrays, with every matrix transposed."""
+    return jax.tree.map(jnp.transpose, arrays)
 
 
 class ByLabel(NamedTuple):

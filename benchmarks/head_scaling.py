@@ -1,7 +1,7 @@
 """Claims, of a step of training with Adam by the number of labels, parameters and state donated:
 beside these `linear_update` needs megabytes for any number of labels, gradient and optimizer apart
 also the gradient of the kernel, a dense optax head that and logits, of which a TPU v5e does not
-hold 2^21. On a CPU a step of `linear_update` takes 0.85 to 1.05 times as long as the chunked head's
+hold 2^21. On a CPU a step of `linear_update` takes 0.8 to 1.05 times as long as the chunked head's
 gradient and the optimizer apart. With SGD a v5e holds twice the labels by `linear_update`
 that it holds with a gradient. Of value and gradients alone, 2^26 labels fit 64 chips.
 

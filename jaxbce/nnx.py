@@ -242,10 +242,8 @@ class MultiLabelHead(nnx.Module):
             reduction=reduction,
             rounding_key=rounding_key,
         )
-        gradient, count = (
-            step.features_gradient.astype(given.dtype),
-            jnp.asarray(optimizer.step[...]) + 1,
-        )
+        gradient = step.features_gradient.astype(given.dtype)
+        count = jnp.asarray(optimizer.step[...]) + 1
         # All is computed; only now is anything written.
         for name, variable in own.items():
             _flax.put(variable, step.params[name])
